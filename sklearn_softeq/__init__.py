@@ -1,0 +1,12 @@
+"""Soft-equivariant classification that learns its symmetry from data, for scikit-learn."""
+
+from ._version import __version__
+from .display import MarginalLikelihoodDisplay, SymmetryDisplay
+from .estimators import SoftEquivariantClassifier
+
+__all__ = [
+    "MarginalLikelihoodDisplay",
+    "SoftEquivariantClassifier",
+    "SymmetryDisplay",
+    "__version__",
+]

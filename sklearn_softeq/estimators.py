@@ -1,0 +1,666 @@
+"""The classifier: parameters, fit as a table of contents, and what a fit reveals."""
+
+import copy
+import warnings
+from numbers import Integral, Real
+from typing import ClassVar
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import Bunch, check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
+
+from .groups import GROUPS
+from .layers import PATHWAYS
+from .likelihoods import Categorical
+from .marginal_likelihood import HYPER_SOLVERS
+from .networks import ARCHITECTURES, build_network
+from .predictive import log_odds, map_outputs
+from .schedules import LR_SCHEDULES, STARTS, LearningRate, Plateau
+from .symmetry import (
+    equivariance_errors,
+    layer_names,
+    output_shares,
+    pathway_names,
+    precision_table,
+    shares,
+    sum_table,
+)
+from .training import (
+    CURVATURE_BATCH,
+    OPTIMIZERS,
+    Batches,
+    Course,
+    EvidenceStep,
+    ProgressLine,
+    SoftEquivariantNet,
+    TrainingData,
+    choose_sketches,
+)
+from .validation import (
+    check_classes,
+    check_images,
+    check_names,
+    check_same_shape,
+    check_weights,
+    encode,
+    resolve_device,
+    resolve_image_shape,
+)
+
+__all__ = ["SoftEquivariantClassifier"]
+
+
+class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
+    """A network on images that learns which symmetry each of its layers should keep.
+
+    Every layer is a sum of pathways, some equivariant (a convolution), some free (a factored
+    fully-connected map). Each weight tensor has a Gaussian prior with a precision of its own.
+    ``fit`` ascends the log joint in the weights and a Laplace estimate of the log marginal
+    likelihood in the precisions; a free pathway that the data do not ask for is held at zero, one
+    that they ask for stays. No validation set is used.
+
+    Parameters
+    ----------
+    pathways : tuple of str, default=("conv", "factored_fc")
+        Pathways of each layer, out of "conv" (equivariant to shifts), "fc" and "factored_fc"
+        (free). One pathway alone is a network with that symmetry built in.
+    architecture : {"auto", "paper"}, default="auto"
+        "paper": the stack of the paper, for images of up to 32×32 pixels. "auto": the same
+        pattern from any image down to 1×1; sides are padded to powers of two.
+    width : int, default=8
+        Channels of the first layer; the last has 2^⌈(L−1)/2⌉ times as many. The paper has 10.
+    image_shape : tuple, default=None
+        (channels, height, width) or (height, width) of one image when X has rows of features.
+        None: images tell themselves; s² features are taken as (1, s, s), 3 s² as (3, s, s), any
+        other number f as (1, 1, f).
+    standardize : bool, default=True
+        Subtract the mean and divide by the standard deviation of each channel over the training
+        data. (A scaler per pixel would destroy the symmetry that is looked for.)
+    learn_prior : bool, default=True
+        False trains to the mode at the fixed precision ``prior_precision``; the evidence is
+        evaluated once, at the end.
+    start : {"symmetric", "joint"}, default="symmetric"
+        "symmetric": the equivariant pathways alone until ``burn_in``, then all, the free ones
+        from zero; one that the evidence switches off is removed. "joint": all pathways at once
+        from random weights, their sum divided by the root of their number (the paper, which
+        takes the mean).
+    prior_precision : float, default=1.0
+        Start of every precision, in units of 1 / weight².
+    burn_in : int, default=20
+        Epochs before the first evidence, at most half of ``max_epochs``. The paper has 10.
+    evidence_every : int, default=4
+        Epochs from one evidence to the next. The paper has 5.
+    hyper_solver : {"fixed_point", "adam"}, default="fixed_point"
+        How the precisions ascend: MacKay's fixed point, damped, needs no rate to be tuned; Adam
+        is the paper's.
+    hyper_steps : int, default=5
+        Steps of the precisions after each evidence. The paper takes 20, of Adam.
+    hyper_lr : float, default=None
+        Rate of these steps on log precisions; None: 0.5 for the fixed point (1 is undamped), 0.1
+        for Adam.
+    curvature : {"auto", "exact", "rademacher"}, default="auto"
+        How the output Hessian enters: all of its K − 1 columns, or random combinations. "auto" is
+        exact, and deterministic, while rows × (K − 1) ≤ 4096.
+    curvature_samples : int, default=1
+        Random combinations for each row when it is not exact; where they would be more than the
+        columns, it is exact.
+    max_epochs : int, default=400
+        Cap of the number of epochs. Training stops when the evidence (with ``learn_prior=False``
+        the log joint) has stopped rising.
+    tol : float, default=0.01
+        Rise that counts, in nats for each observation.
+    n_iter_no_change : int, default=5
+        Evaluations in a row without a rise after which training ends (after a cool-down).
+    keep_best : bool, default=True
+        Return to the state of the best figure seen if the last one is worse.
+    batch_size : int, default=128
+        Rows of one step, and of one pass in prediction.
+    lr : float, default=0.01
+        Learning rate of the weights.
+    lr_schedule : {"cooldown", "cosine", "constant"}, default="cooldown"
+        "cooldown": warm-up, full rate until convergence, then a cosine to zero over a third of
+        the epochs so far, whose weights are averaged. "cosine": to zero over ``max_epochs`` (the
+        paper). "constant".
+    optimizer : {"adam", "sgd"}, default="adam"
+        Of the weights. "sgd" has momentum 0.9 (the paper).
+    class_weight : dict or "balanced", default=None
+        Weights of the classes; they multiply ``sample_weight``.
+    device : str, default="auto"
+        "auto" takes a CUDA device if there is one; otherwise torch's notation.
+    dtype : {"auto", "float32", "float64"}, default="auto"
+        Of the computation. "auto": float64 for float64 input on the CPU, else float32.
+    random_state : int, RandomState instance or None, default=None
+        Of initial weights, batches and curvature. The global generators stay as they were.
+    warm_start : bool, default=False
+        Begin a further ``fit`` from the weights and precisions of the last one.
+    callbacks : list of skorch callbacks, default=None
+        They are copied; see skorch.
+    verbose : int, default=0
+        1 prints a line at each evaluation.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (K,)
+        Class labels.
+    n_features_in_ : int
+        C·H·W.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the columns, when X had string names.
+    image_shape_ : tuple (C, H, W)
+        Shape of one image.
+    channel_mean_, channel_scale_ : ndarray of shape (C,)
+        What ``standardize`` subtracts and divides by; 0 and 1 without it.
+    net_ : SoftEquivariantNet
+        The fitted skorch net.
+    module_ : SoftEquivariantNetwork
+        Its torch module.
+    device_ : torch.device
+        Where it was trained.
+    n_iter_ : int
+        Epochs.
+    n_observations_ : float
+        N, the sum of all weights.
+    loss_curve_ : ndarray of shape (n_iter_,)
+        Negative log joint for each observation (without the prior's normaliser), by epoch.
+    scores_ : ndarray
+        Log marginal likelihood at each evaluation, in nats.
+    history_ : dict of ndarray
+        By evaluation: "epoch", "log_likelihood", "scatter", "log_det_ratio" and
+        "log_marginal_likelihood" = log_likelihood − ½ scatter − ½ log_det_ratio, in nats.
+    log_marginal_likelihood_value_ : float
+        Laplace estimate of log p(y | X) of the whole training set at the end, in nats. Compare
+        precisions or pathways within one start by it; between architectures or settings a
+        held-out score is the safer judge.
+    prior_precisions_by_name_ : dict of str to float
+        Precision of each weight tensor; biases share one; inf where a pathway was removed.
+    layer_names_ : list of str
+        The L layers, without the head.
+    pathway_names_ : list of str
+        The P pathways.
+    prior_precision_ : ndarray of shape (L, P)
+        Precision of each pathway's weights; of a product of factors √(δ_U δ_V), which does not
+        depend on how the scale is shared between them; inf where a pathway was removed.
+    effective_dimensions_ : ndarray of shape (L, P)
+        γ: how many directions of each pathway's weights the data determine.
+    n_weights_ : ndarray of shape (L, P)
+        Number of weights, biases included.
+    symmetry_ : ndarray of shape (L, P)
+        Share of each pathway in its layer's γ; rows sum to 1.
+    symmetry_per_weight_ : ndarray of shape (L, P)
+        Share of each pathway in its layer's γ / number of weights (the paper's figure).
+    output_share_ : ndarray of shape (L, P)
+        Share of each pathway in the energy of its layer's output on the training data.
+
+    References
+    ----------
+    .. [1] T. van der Ouderaa, A. Immer, M. van der Wilk, "Learning Layer-wise Equivariances
+       Automatically using Gradients", NeurIPS 2023, arXiv:2310.06131.
+    .. [2] A. Immer, M. Bauer, V. Fortuin, G. Rätsch, M. E. Khan, "Scalable Marginal Likelihood
+       Estimation for Model Selection in Deep Learning", ICML 2021.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn_softeq import SoftEquivariantClassifier
+    >>> X, y = load_digits(return_X_y=True)
+    >>> clf = SoftEquivariantClassifier(max_epochs=5, random_state=0)
+    >>> clf.fit(X[:200], y[:200]).predict(X[200:]).shape  # doctest: +SKIP
+    (1597,)
+    """
+
+    _parameter_constraints: ClassVar[dict] = {
+        "pathways": ["array-like", str],
+        "architecture": [StrOptions(set(ARCHITECTURES))],
+        "width": [Interval(Integral, 1, None, closed="left")],
+        "image_shape": ["array-like", None],
+        "standardize": ["boolean"],
+        "learn_prior": ["boolean"],
+        "start": [StrOptions(set(STARTS))],
+        "prior_precision": [Interval(Real, 0, None, closed="neither")],
+        "burn_in": [Interval(Integral, 0, None, closed="left")],
+        "evidence_every": [Interval(Integral, 1, None, closed="left")],
+        "hyper_solver": [StrOptions(set(HYPER_SOLVERS))],
+        "hyper_steps": [Interval(Integral, 1, None, closed="left")],
+        "hyper_lr": [Interval(Real, 0, None, closed="neither"), None],
+        "curvature": [StrOptions({"auto", "exact", "rademacher"})],
+        "curvature_samples": [Interval(Integral, 1, None, closed="left")],
+        "max_epochs": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "keep_best": ["boolean"],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "lr": [Interval(Real, 0, None, closed="neither")],
+        "lr_schedule": [StrOptions(set(LR_SCHEDULES))],
+        "optimizer": [StrOptions(set(OPTIMIZERS))],
+        "class_weight": [dict, StrOptions({"balanced"}), None],
+        "device": [str],
+        "dtype": [StrOptions({"auto", "float32", "float64"})],
+        "random_state": ["random_state"],
+        "warm_start": ["boolean"],
+        "callbacks": [list, tuple, None],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        *,
+        pathways=("conv", "factored_fc"),
+        architecture="auto",
+        width=8,
+        image_shape=None,
+        standardize=True,
+        learn_prior=True,
+        start="symmetric",
+        prior_precision=1.0,
+        burn_in=20,
+        evidence_every=4,
+        hyper_solver="fixed_point",
+        hyper_steps=5,
+        hyper_lr=None,
+        curvature="auto",
+        curvature_samples=1,
+        max_epochs=400,
+        tol=0.01,
+        n_iter_no_change=5,
+        keep_best=True,
+        batch_size=128,
+        lr=0.01,
+        lr_schedule="cooldown",
+        optimizer="adam",
+        class_weight=None,
+        device="auto",
+        dtype="auto",
+        random_state=None,
+        warm_start=False,
+        callbacks=None,
+        verbose=0,
+    ):
+        self.pathways = pathways
+        self.architecture = architecture
+        self.width = width
+        self.image_shape = image_shape
+        self.standardize = standardize
+        self.learn_prior = learn_prior
+        self.start = start
+        self.prior_precision = prior_precision
+        self.burn_in = burn_in
+        self.evidence_every = evidence_every
+        self.hyper_solver = hyper_solver
+        self.hyper_steps = hyper_steps
+        self.hyper_lr = hyper_lr
+        self.curvature = curvature
+        self.curvature_samples = curvature_samples
+        self.max_epochs = max_epochs
+        self.tol = tol
+        self.n_iter_no_change = n_iter_no_change
+        self.keep_best = keep_best
+        self.batch_size = batch_size
+        self.lr = lr
+        self.lr_schedule = lr_schedule
+        self.optimizer = optimizer
+        self.class_weight = class_weight
+        self.device = device
+        self.dtype = dtype
+        self.random_state = random_state
+        self.warm_start = warm_start
+        self.callbacks = callbacks
+        self.verbose = verbose
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        return tags
+
+    def __sklearn_is_fitted__(self):
+        return "module_" in vars(self)
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y, sample_weight=None):
+        """Learn weights and precisions from images and their classes.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, features), (n, H, W) or (n, C, H, W)
+            Images, or rows of C·H·W features.
+        y : array-like of shape (n,)
+            Class labels, numbers or strings.
+        sample_weight : array-like of shape (n,), default=None
+            How many observations each row stands for. Weights are counts: their sum is N in the
+            prior and in the evidence, so weights that sum to 1 mean a single observation.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            For bad data, shapes or parameters, before any training; and when the loss becomes
+            infinite or NaN, which leaves the estimator unfitted.
+
+        Warns
+        -----
+        ConvergenceWarning
+            If the evidence still rose at ``max_epochs``.
+        """
+        previous = self.net_ if self.warm_start and self.__sklearn_is_fitted__() else None
+        classes = self.classes_ if previous else None
+        self._forget()
+        try:
+            data = self._prepare(X, y, sample_weight, classes)
+            net = self._build_net(data, previous)
+            net.partial_fit(data)
+            self._record(net, data)
+        except BaseException:
+            self._forget()
+            raise
+        self._warn_if_not_converged()
+        return self
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(self, X, y, classes=None, sample_weight=None):
+        """Train one epoch on a chunk of data.
+
+        N is the weight of all chunks so far; the evidence is that of the present chunk, scaled
+        up to N. The learning rate stays constant; burn-in and evidence count calls as epochs.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, features), (n, H, W) or (n, C, H, W)
+            A chunk.
+        y : array-like of shape (n,)
+            Its labels.
+        classes : array-like of shape (K,), default=None
+            All classes; needed in the first call.
+        sample_weight : array-like of shape (n,), default=None
+            As in ``fit``.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            As in ``fit``; if classes are missing in the first call, differ from it, or lack a
+            label.
+        """
+        previous = self.net_ if self.__sklearn_is_fitted__() else None
+        classes = check_classes(classes, self.classes_ if previous else None)
+        data = self._prepare(X, y, sample_weight, classes, first=previous is None)
+        try:
+            net = previous
+            if net is None or not net.course.endless:
+                net = self._build_net(data, previous, endless=True)
+            net.partial_fit(data)
+            self._record(net, data)
+        except BaseException:
+            self._forget()
+            raise
+        return self
+
+    def _forget(self) -> None:
+        """Drop everything fitted: what failed half way must not pass for a fitted model."""
+        for name in [name for name in vars(self) if name.endswith("_")]:
+            delattr(self, name)
+
+    def _prepare(self, X, y, sample_weight, classes, first=True) -> TrainingData:
+        """Check everything that a user passes; the rows of positive weight on the device."""
+        check_names(self.pathways, PATHWAYS, "pathways")
+        device = resolve_device(self.device)
+        X, y, found = check_images(self, X, y, reset=first)
+        if first:
+            shape = resolve_image_shape(self.image_shape, found, X.shape[1])
+        else:
+            shape = check_same_shape(found, self.image_shape_)
+        classes = np.unique(y) if classes is None else classes
+        codes = encode(y, classes)
+        weights = check_weights(sample_weight, X, y, classes, self.class_weight)
+        # A row of weight zero is no observation: without it the fit is the same to the last bit.
+        present = weights > 0
+        X, codes, weights = X[present], codes[present], weights[present]
+        self.classes_, self.image_shape_, self.device_ = classes, shape, device
+        if first:
+            self._set_standardizer(X, weights)
+        inputs = self._as_images(X)
+        seen = weights.sum() + (0.0 if first else self.n_observations_)
+        return TrainingData(
+            inputs.to(device),
+            torch.tensor(codes, device=device),
+            torch.tensor(weights, dtype=inputs.dtype, device=device),
+            float(seen),
+        )
+
+    def _set_standardizer(self, X: np.ndarray, weights: np.ndarray) -> None:
+        """Weighted mean and deviation of each channel."""
+        n_channels = self.image_shape_[0]
+        self.channel_mean_, self.channel_scale_ = np.zeros(n_channels), np.ones(n_channels)
+        if not self.standardize:
+            return
+        pixels = X.reshape(len(X), n_channels, -1).astype(np.float64)  # (n, C, X)
+        mean = np.average(pixels.mean(2), axis=0, weights=weights)  # (C,)
+        spread = np.square(pixels - mean[:, None]).mean(2)
+        scale = np.sqrt(np.average(spread, axis=0, weights=weights))
+        # What varies by no more than rounding is constant, and is left at its own scale.
+        constant = scale <= 10 * np.finfo(X.dtype).eps * np.abs(mean)
+        self.channel_mean_, self.channel_scale_ = mean, np.where(constant, 1.0, scale)
+
+    def _as_images(self, X: np.ndarray) -> torch.Tensor:
+        """Standardised images (n, C, H, W) on the CPU, in the dtype of the computation."""
+        dtype = {"float32": np.float32, "float64": np.float64}.get(self.dtype, X.dtype)
+        if self.dtype == "auto" and self.device_.type != "cpu":
+            dtype = np.float32
+        per_channel = (-1, 1, 1)
+        images = X.reshape(len(X), *self.image_shape_).astype(np.float64)
+        images = images - self.channel_mean_.reshape(per_channel)
+        images /= self.channel_scale_.reshape(per_channel)
+        return torch.from_numpy(images.astype(dtype))
+
+    def _build_net(self, data, previous, endless=False) -> SoftEquivariantNet:
+        """A net that is ready to train, from a random start or from a previous net."""
+        random_state = check_random_state(self.random_state)
+        seeds = random_state.randint(np.iinfo(np.int32).max, size=3).tolist()
+        evidence = self._evidence_step(data, seeds[0])
+        course = Course(
+            evidence,
+            STARTS[self.start](),
+            LearningRate("constant" if endless else self.lr_schedule, self.lr, self.max_epochs),
+            Plateau(self.tol, self.n_iter_no_change),
+            self.keep_best,
+            release=previous is None,
+            endless=endless,
+        )
+        own = [("evidence", evidence), ("course", course)]
+        users = copy.deepcopy(list(self.callbacks or ()))
+        optimizer, settings = OPTIMIZERS[self.optimizer]
+        net = SoftEquivariantNet(
+            build_network,
+            criterion=Categorical,
+            optimizer=optimizer,
+            lr=self.lr,
+            max_epochs=1 if endless else self.max_epochs,
+            batch_size=self.batch_size,
+            iterator_train=Batches,
+            iterator_train__random_state=np.random.RandomState(seeds[1]),
+            train_split=None,
+            callbacks=[*own, *users, *([("progress", ProgressLine())] if self.verbose else [])],
+            verbose=0,
+            device=str(self.device_),
+            prior_precision=self.prior_precision,
+            seed=seeds[2],
+            module__image_shape=self.image_shape_,
+            module__n_outputs=len(self.classes_),
+            module__pathways=check_names(self.pathways, PATHWAYS, "pathways"),
+            module__architecture=self.architecture,
+            module__width=self.width,
+            module__scale=STARTS[self.start].scale,
+            module__dtype=data.inputs.dtype,
+            **{f"optimizer__{name}": value for name, value in settings.items()},
+        )
+        net.initialize()
+        if previous is not None:
+            net.take_over(previous)
+        return net
+
+    def _evidence_step(self, data: TrainingData, seed: int) -> EvidenceStep:
+        solver = HYPER_SOLVERS[self.hyper_solver]
+        return EvidenceStep(
+            solver() if self.hyper_lr is None else solver(self.hyper_lr),
+            steps=self.hyper_steps if self.learn_prior else 0,
+            # A short training needs the free pathways, too, for half of its time.
+            burn_in=min(self.burn_in, self.max_epochs // 2),
+            every=self.evidence_every,
+            n_sketches=choose_sketches(
+                self.curvature, self.curvature_samples, len(data), len(self.classes_)
+            ),
+            seed=seed,
+        )
+
+    def _record(self, net: SoftEquivariantNet, data: TrainingData) -> None:
+        """Set the fitted attributes."""
+        log_precision = net.prior_.log_precision.cpu()
+        dimensions = net.laplace_.effective_dimensions(log_precision)
+        evidence = net.laplace_.evidence(log_precision).value
+        del net.laplace_  # its spectra have served
+        network, enabled = net.module_, net.enabled_tensors()
+        self.net_, self.module_ = net, network
+        self.n_iter_ = len(net.history)
+        self.n_observations_ = data.n_observations
+        self.loss_curve_ = np.array(net.history[:, "train_loss"])
+        self.history_ = _evaluations(net)
+        self.log_marginal_likelihood_value_ = evidence
+        self.scores_ = (
+            self.history_["log_marginal_likelihood"] if self.learn_prior else np.array([evidence])
+        )
+        self.prior_precisions_by_name_ = {
+            name: value if name in enabled else np.inf
+            for name, value in net.prior_.precisions().items()
+        }
+        self.layer_names_ = layer_names(network)
+        self.pathway_names_ = pathway_names(network)
+        self.prior_precision_ = precision_table(network, net.prior_.precisions())
+        self.effective_dimensions_ = sum_table(network, dimensions)
+        sizes = {name: tensor.numel() for name, tensor in network.named_parameters()}
+        self.n_weights_ = sum_table(network, sizes).astype(np.int64)
+        self.symmetry_ = shares(self.effective_dimensions_)
+        self.symmetry_per_weight_ = shares(self.effective_dimensions_ / self.n_weights_)
+        self.output_share_ = output_shares(network, data.in_order(CURVATURE_BATCH))
+
+    def _warn_if_not_converged(self) -> None:
+        if self.net_.course.capped:
+            figure = "log evidence" if self.learn_prior else "log joint"
+            warnings.warn(
+                f"The {figure} still rose when training had to end at max_epochs="
+                f"{self.max_epochs}. Raise max_epochs, or tol ({self.tol} nats per observation) "
+                "if this is good enough.",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+
+    def decision_function(self, X):
+        """Log odds of the predicted probabilities.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, features), (n, H, W) or (n, C, H, W)
+            Images.
+
+        Returns
+        -------
+        ndarray of shape (n, K), or (n,) for two classes
+            log p_k − log(1 − p_k); for two classes of the second one.
+        """
+        return log_odds(self._outputs(X)).numpy()
+
+    def predict_log_proba(self, X):
+        """Log probabilities of the classes.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, features), (n, H, W) or (n, C, H, W)
+            Images.
+
+        Returns
+        -------
+        ndarray of shape (n, K)
+            In the order of ``classes_``.
+        """
+        return self._outputs(X).log_softmax(1).numpy()
+
+    def predict_proba(self, X):
+        """Probabilities of the classes.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, features), (n, H, W) or (n, C, H, W)
+            Images.
+
+        Returns
+        -------
+        ndarray of shape (n, K)
+            In the order of ``classes_``.
+        """
+        return self._outputs(X).softmax(1).numpy()
+
+    def predict(self, X):
+        """The most probable class of each row.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, features), (n, H, W) or (n, C, H, W)
+            Images.
+
+        Returns
+        -------
+        ndarray of shape (n,)
+            Class labels.
+        """
+        return self.classes_[self._outputs(X).argmax(1).numpy()]
+
+    def _outputs(self, X) -> torch.Tensor:
+        check_is_fitted(self)
+        return map_outputs(self.module_, self._new_images(X), self.batch_size)
+
+    def _new_images(self, X) -> torch.Tensor:
+        X, _, found = check_images(self, X, reset=False)
+        check_same_shape(found, self.image_shape_)
+        dtype = next(self.module_.parameters()).dtype
+        return self._as_images(X).to(dtype)
+
+    def equivariance_error(self, X, group="translation"):
+        """How far the layers and the whole network are from commuting with a group.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, features), (n, H, W) or (n, C, H, W)
+            Images to measure on.
+        group : {"translation"}, default="translation"
+            Cyclic shifts of the padded canvas, by one pixel and by half of it.
+
+        Returns
+        -------
+        Bunch
+            ``layers`` : ndarray of shape (L,), ‖f(gh) − g f(h)‖ / ‖f(h)‖ of each layer on its own
+            input; 0 is strict equivariance. ``logits`` : float, ‖f(gx) − f(x)‖ / ‖f(x)‖ of the
+            whole network; 0 is invariance.
+
+        Raises
+        ------
+        ValueError
+            If the group is unknown.
+        """
+        check_is_fitted(self)
+        (name,) = check_names(group, GROUPS, "group")
+        batches = self._new_images(X).to(self.device_).split(CURVATURE_BATCH)
+        layers, logits = equivariance_errors(self.module_, batches, GROUPS[name])
+        return Bunch(layers=layers, logits=logits)
+
+
+def _evaluations(net: SoftEquivariantNet) -> dict[str, np.ndarray]:
+    rows = [row for row in net.history if "log_marginal_likelihood" in row]
+    terms = ("epoch", "log_likelihood", "scatter", "log_det_ratio", "log_marginal_likelihood")
+    return {term: np.array([row[term] for row in rows]) for term in terms}

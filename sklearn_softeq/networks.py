@@ -1,0 +1,182 @@
+"""Stacks of soft-equivariant layers, built from a short specification."""
+
+import math
+import os
+
+import torch
+from torch import nn
+
+from .layers import FC, PATHWAYS, Grid, PathwaySum
+
+__all__ = ["ARCHITECTURES", "SCALES", "SoftEquivariantNetwork", "build_network"]
+
+#: Factor of a sum of p pathways: the paper takes the mean; 1/√p keeps the variance of the sum of
+#: independent pathways; "sum" keeps a pathway's own scale whatever stands beside it.
+SCALES = {"mean": lambda p: 1.0 / p, "sqrt": lambda p: 1.0 / math.sqrt(p), "sum": lambda p: 1.0}
+
+
+class SoftEquivariantNetwork(nn.Module):
+    """Blocks of pathway sums with ReLU between them, then a dense head.
+
+    Parameters
+    ----------
+    canvas : pair of int
+        Height and width to which images are padded with zeros, once, at the input.
+    blocks : list of PathwaySum
+        Layers down to a 1×1 grid.
+    head : nn.Module
+        Map from the last feature maps (n, C, 1, 1) to (n, K, 1, 1).
+
+    Attributes
+    ----------
+    blocks : nn.ModuleList
+        Its children are the named layers of the report: ``blocks.0``, ``blocks.1``, …
+    """
+
+    def __init__(self, canvas: Grid, blocks: list[PathwaySum], head: nn.Module):
+        super().__init__()
+        self.canvas = canvas
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head
+
+    def pad(self, images: torch.Tensor) -> torch.Tensor:
+        """Centre images (n, C, H, W) on the canvas, on which shifts are cyclic."""
+        rows, columns = (self.canvas[i] - images.shape[2 + i] for i in (0, 1))
+        if rows == columns == 0:
+            return images
+        margins = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+        return nn.functional.pad(images, margins)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Outputs f of shape (n, K)."""
+        features = self.pad(images)
+        for block in self.blocks:
+            features = torch.relu(block(features))
+        return self.head(features).flatten(1)  # (n, K)
+
+
+def build_network(
+    image_shape: tuple[int, int, int],
+    n_outputs: int,
+    *,
+    pathways: tuple[str, ...] = ("conv", "factored_fc"),
+    architecture: str = "auto",
+    width: int = 8,
+    scale: str = "sqrt",
+    dtype: torch.dtype = torch.float32,
+) -> SoftEquivariantNetwork:
+    """Build and start a network; random numbers come from torch's global generator.
+
+    Parameters
+    ----------
+    image_shape : tuple (C, H, W)
+        Shape of one image.
+    n_outputs : int
+        K.
+    pathways : tuple of str
+        Names from ``layers.PATHWAYS``, summed in every block.
+    architecture : {"auto", "paper"}
+        "paper" is the stack of the paper for images of up to 32×32 pixels; "auto" continues its
+        pattern to the canvas of any image.
+    width : int
+        α: the first block has α channels, the last 2^⌈(L−1)/2⌉ α.
+    scale : {"mean", "sqrt", "sum"}
+        Factor of the sum of the pathways.
+    dtype : torch.dtype
+        Of the weights.
+
+    Returns
+    -------
+    SoftEquivariantNetwork
+
+    Raises
+    ------
+    ValueError
+        If the weights and their curvature would not fit into memory.
+    """
+    canvas, strides = ARCHITECTURES[architecture](image_shape)
+    with torch.device("meta"):
+        # Shapes only: what it would take is known before anything is allocated.
+        _check_memory(_assemble(image_shape[0], n_outputs, pathways, canvas, strides, width, scale))
+    network = _assemble(image_shape[0], n_outputs, pathways, canvas, strides, width, scale)
+    for module in network.modules():
+        if type(module) in _STARTED:
+            module.reset()
+    return network.to(dtype)
+
+
+_STARTED = frozenset(PATHWAYS.values())
+
+
+def _assemble(
+    channels: int,
+    n_outputs: int,
+    pathways: tuple[str, ...],
+    canvas: Grid,
+    strides: list[Grid],
+    width: int,
+    scale: str,
+) -> SoftEquivariantNetwork:
+    factor = SCALES[scale](len(pathways))
+    blocks, grid = [], canvas
+    for i, stride in enumerate(strides):
+        out_channels = width * 2 ** ((i + 1) // 2)  # α (1, 2, 2, 4, 4, 8, 8, 16, …)
+        paths = {name: PATHWAYS[name](channels, out_channels, grid, stride) for name in pathways}
+        blocks.append(PathwaySum(paths, stride, factor))
+        channels, grid = out_channels, (grid[0] // stride[0], grid[1] // stride[1])
+    head = nn.Sequential()
+    head.add_module("hidden", FC(channels, 4 * channels, (1, 1)))
+    head.add_module("relu", nn.ReLU())
+    head.add_module("output", FC(4 * channels, n_outputs, (1, 1)))
+    return SoftEquivariantNetwork(canvas, blocks, head)
+
+
+def _paper(image_shape: tuple[int, int, int]) -> tuple[Grid, list[Grid]]:
+    """Eight blocks from a 32×32 canvas to 1×1, strides 1 2 1 2 1 2 2 2."""
+    _, height, width = image_shape
+    if max(height, width) > 32:
+        raise ValueError(
+            f"architecture='paper' takes images of at most 32×32 pixels, got {height}×{width}. "
+            "Use architecture='auto' for larger ones."
+        )
+    return (32, 32), [(s, s) for s in (1, 2, 1, 2, 1, 2, 2, 2)]
+
+
+def _auto(image_shape: tuple[int, int, int]) -> tuple[Grid, list[Grid]]:
+    """The paper's pattern on a canvas whose sides are the next powers of two.
+
+    While the longer side is at least 8, a block at full resolution precedes each halving; then
+    blocks halve down to 1×1. At 32×32 this is the paper's stack.
+    """
+    grid = canvas = tuple(1 << (side - 1).bit_length() for side in image_shape[1:])
+    strides: list[Grid] = []
+    while max(grid) > 1:
+        if max(grid) >= 8:
+            strides.append((1, 1))
+        strides.append(tuple(min(2, side) for side in grid))
+        grid = tuple(side // s for side, s in zip(grid, strides[-1], strict=True))
+    return canvas, strides or [(1, 1)]
+
+
+ARCHITECTURES = {"auto": _auto, "paper": _paper}
+
+
+def _check_memory(network: SoftEquivariantNetwork) -> None:
+    """Refuse a network whose training would not fit: weights, gradient and Adam's two moments."""
+    n_weights = sum(p.numel() for p in network.parameters())
+    needed, present = 4 * 4 * n_weights, _memory()
+    if needed <= present:
+        return
+    largest, tensor = max(network.named_parameters(), key=lambda item: item[1].numel())
+    raise ValueError(
+        f"The network has {n_weights} weights, of which {largest!r} holds {tensor.numel()}; "
+        f"training it needs about {needed} bytes, and this machine has {present}. "
+        "Use the pathway 'factored_fc' in place of 'fc', smaller images, or a smaller width."
+    )
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # no sysconf on this platform
+        return 16 * 2**30

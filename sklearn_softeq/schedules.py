@@ -1,0 +1,250 @@
+"""Small pieces that decide, epoch by epoch, what training does next.
+
+They are plain objects without a network in them where that is possible: a plateau that tells
+whether a figure still rises, the learning rate of an epoch, and the two ways to start the
+pathways of a network.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from .hyperparameters import LayerwisePrior
+from .layers import Pathway, PathwaySum
+from .networks import SoftEquivariantNetwork
+
+__all__ = [
+    "LR_SCHEDULES",
+    "STARTS",
+    "JointStart",
+    "LearningRate",
+    "Plateau",
+    "SymmetricStart",
+    "fix_gauge",
+]
+
+LR_SCHEDULES = ("cooldown", "cosine", "constant")
+
+
+#: Largest drift of log δ_U − log δ_V from its start, see :func:`fix_gauge`.
+GAUGE_LIMIT = 4.0
+
+
+@dataclass
+class Plateau:
+    """Whether a figure has stopped rising.
+
+    Parameters
+    ----------
+    tol : float
+        A rise of the best value by less than this does not count.
+    patience : int
+        Number of values in a row without a rise after which the plateau is reached.
+    """
+
+    tol: float
+    patience: int
+    best: float = -math.inf
+    stale: int = 0
+
+    def reached(self, value: float) -> bool:
+        """Take the next value."""
+        if value > self.best + self.tol:
+            self.best, self.stale = value, 0
+        else:
+            self.stale += 1
+        return self.stale >= self.patience
+
+    def restart(self) -> None:
+        """Forget the past: the model is no longer the one that was measured."""
+        self.best, self.stale = -math.inf, 0
+
+
+@dataclass
+class LearningRate:
+    """The learning rate of each epoch.
+
+    "cooldown": a warm-up, a constant rate until training has converged, then a cosine to 0 that
+    takes a third of the epochs so far, or what ``max_epochs`` leaves. "cosine": a cosine to 0
+    over ``max_epochs`` (the paper). "constant": as it says.
+
+    Parameters
+    ----------
+    schedule : {"cooldown", "cosine", "constant"}
+    rate : float
+        The full rate.
+    max_epochs : int
+        Cap of the number of epochs.
+    warmup : int, default=5
+        Epochs of linear warm-up after the start and after a release of pathways; not with
+        "constant".
+    """
+
+    schedule: str
+    rate: float
+    max_epochs: int
+    warmup: int = 5
+    cooldown_from: int | None = None
+    cooldown_epochs: int = 0
+    warm_from: int = 0
+
+    @property
+    def cooling(self) -> bool:
+        """Whether the cool-down has begun."""
+        return self.cooldown_from is not None
+
+    def rewarm(self, epoch: int) -> None:
+        """Warm up again from this epoch on."""
+        self.warm_from = epoch
+
+    @property
+    def latest_cooldown(self) -> int:
+        """The last epoch after which a cool-down still fits under the cap."""
+        return (3 * self.max_epochs) // 4 if self.schedule == "cooldown" else self.max_epochs
+
+    def begin_cooldown(self, epoch: int) -> None:
+        """Let the rate fall after this epoch; schedules without a cool-down end here."""
+        self.cooldown_from = epoch
+        if self.schedule == "cooldown":
+            self.cooldown_epochs = min(max(1, epoch // 3), self.max_epochs - epoch)
+
+    def finished(self, epoch: int) -> bool:
+        """Whether the cool-down is over after this epoch."""
+        return self.cooling and epoch >= self.cooldown_from + self.cooldown_epochs
+
+    def at(self, epoch: int) -> float:
+        """The rate of an epoch, counted from 1."""
+        if self.schedule == "constant":
+            return self.rate
+        rate = self.rate * min(1.0, (epoch - self.warm_from) / self.warmup)
+        if self.schedule == "cosine":
+            return rate * _cosine((epoch - 1) / self.max_epochs)
+        if self.cooldown_from is not None:
+            rate *= _cosine((epoch - self.cooldown_from) / (self.cooldown_epochs + 1))
+        return rate
+
+
+def _cosine(fraction: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * min(fraction, 1.0)))
+
+
+Entry = tuple[str, PathwaySum, str, Pathway]
+
+
+def _pathways(network: SoftEquivariantNetwork) -> list[Entry]:
+    """(tensor prefix, block, name, pathway) of every pathway of every block."""
+    return [
+        (f"blocks.{i}.{name}", block, name, block.get_submodule(name))
+        for i, block in enumerate(network.blocks)
+        for name in block.enabled
+    ]
+
+
+def _free_pathways(network: SoftEquivariantNetwork) -> list[Entry]:
+    """Those that are not equivariant; none if there is no equivariant one to start from."""
+    found = _pathways(network)
+    if not any(pathway.equivariant for *_, pathway in found):
+        return []
+    return [entry for entry in found if not entry[-1].equivariant]
+
+
+class JointStart:
+    """All pathways at once, from random weights (the paper)."""
+
+    scale = "sqrt"
+
+    def begin(self, network: SoftEquivariantNetwork) -> None:
+        """Nothing is held back."""
+
+    def release(self, network: SoftEquivariantNetwork, prior: LayerwisePrior, learn: bool) -> bool:
+        """Nothing to release."""
+        return False
+
+    def prune(
+        self, network: SoftEquivariantNetwork, effective_dimensions: Mapping[str, float]
+    ) -> None:
+        """Nothing is removed."""
+
+
+@dataclass
+class SymmetricStart:
+    """Symmetry first: the equivariant pathways alone until the end of the burn-in, then the rest.
+
+    At the release the free pathways are exactly zero, so the network goes on as the symmetric
+    one; their precisions then let them grow or hold them down. One whose effective dimensions
+    stay below 1 at three evaluations of the evidence is removed for good: its weights become
+    zero and its computation is skipped.
+    """
+
+    scale = "sum"
+    threshold: float = 1.0
+    patience: int = 3
+    low: dict[str, int] = field(default_factory=dict)
+
+    def begin(self, network: SoftEquivariantNetwork) -> None:
+        """Switch the free pathways off."""
+        for _, block, name, _ in _free_pathways(network):
+            block.enabled[name] = False
+
+    def release(self, network: SoftEquivariantNetwork, prior: LayerwisePrior, learn: bool) -> bool:
+        """Switch the free pathways on, at zero; whether there were any.
+
+        Where precisions are learned (``learn``), those of the free pathways start at the scale
+        of a random start of their weights.
+        """
+        free = _free_pathways(network)
+        for prefix, block, name, pathway in free:
+            pathway.reset()
+            for factor in pathway.factor_names if learn else ():
+                mean_square = pathway.get_parameter(factor).detach().square().mean().item()
+                prior.set_precision(f"{prefix}.{factor}", 1.0 / mean_square)
+            pathway.silence()
+            block.enabled[name] = True
+        return bool(free)
+
+    @torch.no_grad()
+    def prune(
+        self, network: SoftEquivariantNetwork, effective_dimensions: Mapping[str, float]
+    ) -> None:
+        """Remove what the evidence has switched off."""
+        for prefix, block, name, pathway in _free_pathways(network):
+            if not block.enabled[name]:
+                continue
+            tensors = (f"{prefix}.{tensor}" for tensor, _ in pathway.named_parameters())
+            gamma = sum(effective_dimensions[tensor] for tensor in tensors)
+            self.low[prefix] = self.low.get(prefix, 0) + 1 if gamma < self.threshold else 0
+            if self.low[prefix] >= self.patience:
+                block.enabled[name] = False
+                for parameter in pathway.parameters():
+                    parameter.zero_()
+
+
+STARTS = {"joint": JointStart, "symmetric": SymmetricStart}
+
+
+@torch.no_grad()
+def fix_gauge(network: SoftEquivariantNetwork, prior: LayerwisePrior) -> None:
+    """Bound the drift of the scale between the factors U, V of products.
+
+    U → aU, δ_U → δ_U / a², V → V / a, δ_V → a² δ_V leaves the network, its effective dimensions
+    and its evidence as they are (METHOD: the gauge), but hyper steps make log δ_U − log δ_V drift
+    without end. It is held within :data:`GAUGE_LIMIT` of its value at a random start, the log
+    ratio of the fan-ins.
+    """
+    precisions = prior.precisions()
+    for prefix, _, _, pathway in _pathways(network):
+        if len(pathway.factor_names) < 2:
+            continue
+        (u, first), (v, second) = (
+            (f"{prefix}.{name}", pathway.get_parameter(name)) for name in pathway.factor_names
+        )
+        drift = math.log(precisions[u] / precisions[v] * second.shape[-1] / first.shape[-1])
+        excess = drift - max(-GAUGE_LIMIT, min(GAUGE_LIMIT, drift))
+        a = math.exp(excess / 4)
+        first.mul_(a)
+        pathway.get_parameter(pathway.factor_names[0].replace("weight", "bias")).mul_(a)
+        second.div_(a)
+        prior.set_precision(u, precisions[u] / a**2)
+        prior.set_precision(v, precisions[v] * a**2)

@@ -1,0 +1,521 @@
+"""The skorch net that ascends the log joint in the weights and the evidence in the precisions.
+
+The loop is skorch's. The net adds the gradient of the log prior to that of the log likelihood;
+:class:`EvidenceStep` is a callback that takes the hyper steps; :class:`Course` decides about
+learning rate, release of pathways and the end.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from skorch import NeuralNet
+from skorch.callbacks import Callback
+
+from .curvature import Batch, kronecker_factors
+from .hyperparameters import LayerwisePrior, squared_norms
+from .kronecker import spectra
+from .marginal_likelihood import AdamSolver, FixedPointSolver, LaplaceEvidence
+from .schedules import JointStart, LearningRate, Plateau, SymmetricStart, fix_gauge
+
+__all__ = [
+    "OPTIMIZERS",
+    "Batches",
+    "Course",
+    "EvidenceStep",
+    "ProgressLine",
+    "SoftEquivariantNet",
+    "TrainingData",
+    "choose_sketches",
+]
+
+#: Name → (class, its settings). Momentum is the paper's.
+OPTIMIZERS = {"adam": (torch.optim.Adam, {}), "sgd": (torch.optim.SGD, {"momentum": 0.9})}
+
+#: Rows of one curvature pass; bounds its memory.
+CURVATURE_BATCH = 256
+
+#: Largest number of rows × columns of the output Hessian that "auto" treats exactly.
+EXACT_COLUMNS = 4096
+
+
+class _StopTraining(Exception):
+    """A user's callback has asked to stop."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData(torch.utils.data.Dataset):
+    """Images, targets and weights on one device, indexed by whole batches of rows.
+
+    Parameters
+    ----------
+    inputs : tensor of shape (n, C, H, W)
+    targets : tensor of shape (n,)
+    weights : tensor of shape (n,)
+        Repetitions of each row, positive.
+    n_observations : float
+        N, the weight that the data stand for: their sum, or more when they are one chunk of many.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    n_observations: float
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, rows):
+        return self.inputs[rows], (self.targets[rows], self.weights[rows])
+
+    def in_order(self, size: int) -> Iterator[Batch]:
+        """Batches of at most ``size`` rows, in order."""
+        columns = (self.inputs, self.targets, self.weights)
+        return zip(*(column.split(size) for column in columns), strict=True)
+
+
+class Batches:
+    """Iterates over shuffled batches of nearly equal size, at most ``batch_size``.
+
+    One step on a left-over batch of a few rows would be all noise, so the rows are spread evenly.
+    """
+
+    def __init__(self, dataset: TrainingData, batch_size: int, random_state: np.random.RandomState):
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.random_state = random_state
+
+    def __iter__(self):
+        n_rows = len(self.dataset)
+        if n_rows <= self.batch_size:
+            # The whole data in their own order: nothing here may depend on n or on a shuffle.
+            yield self.dataset[:]
+            return
+        order = torch.from_numpy(self.random_state.permutation(n_rows))
+        for rows in torch.tensor_split(order, math.ceil(n_rows / self.batch_size)):
+            yield self.dataset[rows.to(self.dataset.inputs.device)]
+
+
+class SoftEquivariantNet(NeuralNet):
+    """A skorch net whose loss is the negative log joint per observation.
+
+    −(1/N) Σ log p(y | x, w) + (1/2N) Σ_g δ_g ‖w_g‖²
+
+    Parameters
+    ----------
+    *args, **kwargs
+        skorch's.
+    prior_precision : float, default=1.0
+        Start of every δ.
+    seed : int, default=0
+        Of random starts; torch's global generators stay as they were.
+    """
+
+    def __init__(self, *args, prior_precision: float = 1.0, seed: int = 0, **kwargs):
+        self.prior_precision = prior_precision
+        self.seed = seed
+        super().__init__(*args, **kwargs)
+
+    def initialize_module(self):
+        super().initialize_module()
+        self.prior_ = LayerwisePrior(dict(self.module_.named_parameters()), self.prior_precision)
+        return self
+
+    @property
+    def _default_callbacks(self):
+        return []
+
+    def initialize(self):
+        with self._seeded(0):
+            return super().initialize()
+
+    @contextmanager
+    def _seeded(self, offset: int):
+        device = torch.device(self.device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed + offset)
+            yield
+
+    @property
+    def course(self) -> "Course":
+        """What decides about the course of training."""
+        return next(cb for _, cb in self.callbacks_ if isinstance(cb, Course))
+
+    def take_over(self, previous: "SoftEquivariantNet") -> None:
+        """Begin from the weights and precisions of another net.
+
+        Raises
+        ------
+        ValueError
+            If its network has another form.
+        """
+        shapes, known = (
+            {name: tensor.shape for name, tensor in net.module_.named_parameters()}
+            for net in (self, previous)
+        )
+        if shapes != known:
+            raise ValueError(
+                "A fitted model can be trained further only with the same image shape, classes, "
+                "pathways, architecture and width; at least one has changed. "
+                "Set warm_start=False, or fit a new estimator."
+            )
+        _restore(self, _state(previous))
+
+    def partial_fit(self, X, y=None, classes=None, **fit_params):
+        """Train on a :class:`TrainingData`; an interrupt is not swallowed, unlike skorch's."""
+        # The data and the decays are kept during training only.
+        self.data_, self.weight_sum_, self.stop_ = X, X.weights.sum(), False
+        self.update_decay()
+        try:
+            with self._seeded(1 + len(self.history)):
+                self.notify("on_train_begin", X=X, y=y)
+                try:
+                    self.fit_loop(X, y, **fit_params)
+                except _StopTraining:
+                    pass
+                self.notify("on_train_end", X=X, y=y)
+        finally:
+            self.data_ = self.decay_ = self.weight_sum_ = None
+        return self
+
+    def fit_loop(self, X, y=None, epochs=None, **fit_params):
+        """Skorch's loop without a validation set, until ``stop_`` is set or the cap is reached."""
+        batches = self.get_iterator(X, training=True)
+        for _ in range(self.max_epochs if epochs is None else epochs):
+            self.notify("on_epoch_begin", dataset_train=X, dataset_valid=None)
+            self.run_single_epoch(
+                batches, training=True, prefix="train", step_fn=self.train_step, **fit_params
+            )
+            self.notify("on_epoch_end", dataset_train=X, dataset_valid=None)
+            if self.stop_:
+                break
+        return self
+
+    def notify(self, method_name, **cb_kwargs):
+        """Call the callbacks; a user's may end training as skorch's own do, by an interrupt."""
+        getattr(self, method_name)(self, **cb_kwargs)
+        for _, callback in self.callbacks_:
+            try:
+                getattr(callback, method_name)(self, **cb_kwargs)
+            except KeyboardInterrupt:
+                if isinstance(callback, EvidenceStep | Course):
+                    raise
+                raise _StopTraining from None
+
+    def get_loss(self, y_pred, y_true, X=None, training=False):
+        """(rows / |B|) Σ_B w (−log p) / Σ_D w, unbiased for the weighted mean over the data D."""
+        targets, weights = y_true
+        log_prob = self.criterion_.log_prob(y_pred, targets)  # (|B|,)
+        return -(weights * log_prob).sum() * (len(self.data_) / len(targets)) / self.weight_sum_
+
+    def train_step_single(self, batch, **fit_params):
+        step = super().train_step_single(batch, **fit_params)
+        for parameter, decay, implicit in self.decay_:
+            if parameter.grad is not None and not implicit:
+                parameter.grad.add_(parameter.detach(), alpha=decay)
+        return step
+
+    @torch.no_grad()
+    def train_step(self, batch, **fit_params):
+        with torch.enable_grad():
+            step = super().train_step(batch, **fit_params)
+        for parameter, decay, implicit in self.decay_:
+            if implicit:
+                parameter.div_(1.0 + decay * self._long_run_rate())
+        return step
+
+    def update_decay(self) -> None:
+        """Turn the precisions into decays δ/N of the weight tensors.
+
+        SGD diverges on a prior that is stiff for its rate, so there it is applied implicitly,
+        w ← w / (1 + rate · δ/N), after the step. Adam's steps are bounded whatever δ is.
+        """
+        sgd = isinstance(self.optimizer_, torch.optim.SGD)
+        precisions = self.prior_.precisions()
+        self.decay_ = []
+        for name, parameter in self.module_.named_parameters():
+            decay = precisions[name] / self.data_.n_observations
+            stiff = sgd and decay * self._long_run_rate() > 0.1
+            self.decay_.append((parameter, decay, stiff))
+
+    def _long_run_rate(self) -> float:
+        # Momentum m multiplies a steady gradient by 1/(1 − m).
+        group = self.optimizer_.param_groups[0]
+        return group["lr"] / (1.0 - group.get("momentum", 0.0))
+
+    def enabled_tensors(self) -> dict[str, torch.Tensor]:
+        """The named parameters without those of pathways that are switched off."""
+        off = tuple(
+            f"blocks.{i}.{name}."
+            for i, block in enumerate(self.module_.blocks)
+            for name, on in block.enabled.items()
+            if not on
+        )
+        named = self.module_.named_parameters()
+        return {name: tensor for name, tensor in named if not name.startswith(off)}
+
+    def on_epoch_end(self, net, **kwargs):
+        """Record the loss of the epoch; stop if it is not a number."""
+        rows = self.history[-1]["batches"]
+        sizes = np.array([row["train_batch_size"] for row in rows], dtype=float)
+        losses = np.array([row["train_loss"] for row in rows])
+        scatter = self.prior_.scatter(self.enabled_tensors())
+        loss = losses @ sizes / sizes.sum() + 0.5 * scatter / self.data_.n_observations
+        self.history.record("train_loss", float(loss))
+        if not math.isfinite(loss):
+            raise ValueError(self._not_finite(loss))
+
+    def _not_finite(self, loss: float) -> str:
+        values = [row.get("log_marginal_likelihood", math.nan) for row in self.history]
+        finite = [value for value in values if math.isfinite(value)]
+        last = f"{finite[-1]:.6g}" if finite else "none yet"
+        return (
+            f"The training loss became {loss} in epoch {len(self.history)} (last finite log "
+            f"evidence: {last}). Lower lr, keep standardize=True, or look for values of extreme "
+            "size in X."
+        )
+
+
+def choose_sketches(curvature: str, samples: int, n_rows: int, n_outputs: int) -> int:
+    """Number of Rademacher sketches of the output Hessian; 0 is exact.
+
+    Parameters
+    ----------
+    curvature : {"auto", "exact", "rademacher"}
+        "auto" is exact, and so deterministic, while rows × (K − 1) is at most
+        :data:`EXACT_COLUMNS`.
+    samples : int
+        Sketches when it is not exact.
+    n_rows, n_outputs : int
+        Size of the data, K.
+    """
+    if curvature == "exact":
+        return 0
+    if curvature == "auto" and n_rows * (n_outputs - 1) <= EXACT_COLUMNS:
+        return 0
+    # No more sketches than exact columns: those would cost less.
+    return samples if samples < n_outputs - 1 else 0
+
+
+class EvidenceStep(Callback):
+    """Every few epochs after the burn-in: curvature, evidence, and steps of the precisions.
+
+    Parameters
+    ----------
+    solver : FixedPointSolver or AdamSolver
+    steps : int
+        Hyper steps at each evaluation; 0 evaluates only.
+    burn_in, every : int
+        Epochs before the first evaluation, and between evaluations.
+    n_sketches : int
+        See :func:`choose_sketches`.
+    seed : int
+        Of the sketches: a generator of its own, so that learning the prior does not change the
+        order of the batches.
+    """
+
+    def __init__(
+        self,
+        solver: FixedPointSolver | AdamSolver,
+        steps: int,
+        burn_in: int,
+        every: int,
+        n_sketches: int,
+        seed: int,
+    ):
+        self.solver = solver
+        self.steps = steps
+        self.burn_in = burn_in
+        self.every = every
+        self.n_sketches = n_sketches
+        self.seed = seed
+
+    def due(self, epoch: int) -> bool:
+        """Whether the evidence is evaluated after this epoch."""
+        return epoch >= self.burn_in and (epoch - self.burn_in) % self.every == 0
+
+    def evaluate(self, net: SoftEquivariantNet) -> LaplaceEvidence:
+        """The evidence at the present weights as a function of the precisions."""
+        generator = torch.Generator().manual_seed(self.seed + len(net.history))
+        curvature = kronecker_factors(
+            net.module_,
+            net.criterion_,
+            net.data_.in_order(CURVATURE_BATCH),
+            total_weight=net.data_.n_observations,
+            n_sketches=self.n_sketches,
+            generator=generator,
+        )
+        return LaplaceEvidence(
+            curvature.log_likelihood,
+            spectra(curvature.factors),
+            squared_norms(net.enabled_tensors()),
+            net.prior_.group_of(),
+        )
+
+    def on_epoch_end(self, net, **kwargs):
+        if not self.steps or not self.due(len(net.history)):
+            return
+        objective = self.evaluate(net)
+        log_precision = net.prior_.log_precision.cpu()
+        for _ in range(self.steps):
+            log_precision = self.solver.step(objective, log_precision)
+        net.prior_.log_precision.copy_(log_precision)
+        for term, value in objective.evidence(log_precision)._asdict().items():
+            net.history.record(term, value)
+        net.history.record("log_marginal_likelihood", objective.evidence(log_precision).value)
+        net.effective_dimensions_ = objective.effective_dimensions(log_precision)
+        fix_gauge(net.module_, net.prior_)
+        net.update_decay()
+
+
+class Course(Callback):
+    """The course of a fit: learning rate, release and removal of pathways, averaging, the end.
+
+    The figure that must rise is the log evidence per observation, or, when no evidence is
+    computed, the log joint per observation.
+
+    Parameters
+    ----------
+    evidence : EvidenceStep
+        Says when there is something to decide.
+    start : JointStart or SymmetricStart
+        What happens to the pathways.
+    rate : LearningRate
+        Of each epoch.
+    plateau : Plateau
+        When the figure has stopped rising.
+    keep_best : bool
+        Return to the state of the best figure if the last one is worse.
+    release : bool, default=True
+        False leaves out the beginning of ``start``: the pathways are on already.
+    endless : bool, default=False
+        Training in single epochs by partial_fit: nothing is concluded from a plateau, averaged
+        or restored.
+
+    Attributes
+    ----------
+    converged : bool
+        Whether the figure has stopped rising.
+    capped : bool
+        Whether the cap of epochs came first.
+    """
+
+    def __init__(
+        self,
+        evidence: EvidenceStep,
+        start: JointStart | SymmetricStart,
+        rate: LearningRate,
+        plateau: Plateau,
+        keep_best: bool,
+        release: bool = True,
+        endless: bool = False,
+    ):
+        self.evidence = evidence
+        self.start = start
+        self.rate = rate
+        self.plateau = plateau
+        self.keep_best = keep_best
+        self.release = release
+        self.endless = endless
+        self.converged = False
+        self.capped = False
+        self.mean = None
+        self.n_averaged = 0
+        self.best = None
+
+    def on_train_begin(self, net, **kwargs):
+        if self.release and not net.history:
+            self.start.begin(net.module_)
+
+    def on_epoch_begin(self, net, **kwargs):
+        for group in net.optimizer_.param_groups:
+            group["lr"] = self.rate.at(len(net.history))
+
+    def on_epoch_end(self, net, **kwargs):
+        epoch = len(net.history)
+        if self.rate.cooling:
+            self._average(net)
+        if self.evidence.due(epoch):
+            self._decide(net, epoch)
+        if self.endless or self.rate.cooling:
+            pass
+        elif self.converged or epoch >= self.rate.latest_cooldown:
+            self.capped = not self.converged
+            self.rate.begin_cooldown(epoch)
+        if self.rate.finished(epoch):
+            net.stop_ = True
+
+    def _decide(self, net: SoftEquivariantNet, epoch: int) -> None:
+        figure = self._figure(net)
+        if self.keep_best and not self.endless and (self.best is None or figure > self.best[0]):
+            self.best = (figure, _state(net))
+        if self.release and epoch == self.evidence.burn_in:
+            if self.start.release(net.module_, net.prior_, learn=self.evidence.steps > 0):
+                self.rate.rewarm(epoch)
+                self.plateau.restart()
+        elif self.evidence.steps:
+            self.start.prune(net.module_, net.effective_dimensions_)
+        net.update_decay()
+        self.converged = self.plateau.reached(figure) or self.converged
+
+    def _figure(self, net: SoftEquivariantNet) -> float:
+        last = net.history[-1]
+        if self.evidence.steps:
+            return last["log_marginal_likelihood"] / net.data_.n_observations
+        return -last["train_loss"]
+
+    @torch.no_grad()
+    def _average(self, net: SoftEquivariantNet) -> None:
+        weights = [parameter.detach() for parameter in net.module_.parameters()]
+        self.n_averaged += 1
+        if self.mean is None:
+            self.mean = [weight.clone() for weight in weights]
+        for mean, weight in zip(self.mean, weights, strict=True):
+            mean.lerp_(weight, 1.0 / self.n_averaged)
+
+    @torch.no_grad()
+    def on_train_end(self, net, **kwargs):
+        """Take the mean weights of the cool-down, or the best state seen, and evaluate it."""
+        if self.mean is not None:
+            enabled = net.enabled_tensors()
+            for (name, parameter), mean in zip(
+                net.module_.named_parameters(), self.mean, strict=True
+            ):
+                if name in enabled:  # what was removed stays zero
+                    parameter.copy_(mean)
+        net.laplace_ = self.evidence.evaluate(net)
+        final = net.laplace_.evidence(net.prior_.log_precision.cpu())
+        joint = final.log_likelihood - 0.5 * final.scatter
+        figure = (final.value if self.evidence.steps else joint) / net.data_.n_observations
+        if self.best is not None and self.best[0] > figure:
+            _restore(net, self.best[1])
+            net.laplace_ = self.evidence.evaluate(net)
+        self.mean = self.best = None
+
+
+class ProgressLine(Callback):
+    """Prints a line at each evaluation."""
+
+    def on_epoch_end(self, net, **kwargs):
+        epoch, last = len(net.history), net.history[-1]
+        if not net.course.evidence.due(epoch):
+            return
+        line = f"epoch {epoch}: loss {last['train_loss']:.4f}"
+        if "log_marginal_likelihood" in last:
+            evidence = last["log_marginal_likelihood"] / net.data_.n_observations
+            line += f", log evidence {evidence:.4f}"
+        on = [on for block in net.module_.blocks for on in block.enabled.values()]
+        print(f"{line} nats per observation, {sum(on)} of {len(on)} pathways on")
+
+
+def _state(net: SoftEquivariantNet) -> tuple[dict, dict]:
+    return copy.deepcopy((net.module_.state_dict(), net.prior_.state_dict()))
+
+
+def _restore(net: SoftEquivariantNet, state: tuple[dict, dict]) -> None:
+    net.module_.load_state_dict(state[0])
+    net.prior_.load_state_dict(state[1])

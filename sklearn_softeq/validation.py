@@ -1,0 +1,268 @@
+"""From what users pass to what the network takes, and every error on the way.
+
+Rows are flattened before scikit-learn sees them, so that its own checks and messages hold for
+images too; the shape of the images is kept beside them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.utils import column_or_1d
+from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, validate_data
+
+__all__ = [
+    "check_classes",
+    "check_images",
+    "check_names",
+    "check_same_shape",
+    "check_weights",
+    "encode",
+    "resolve_device",
+    "resolve_image_shape",
+]
+
+ImageShape = tuple[int, int, int]
+
+
+def check_images(
+    estimator: BaseEstimator, X: Any, y: Any = "no_validation", *, reset: bool
+) -> tuple[np.ndarray, Any, ImageShape | None]:
+    """Rows as a float array of shape (n, C·H·W), labels, and the image shape if X had one.
+
+    Parameters
+    ----------
+    estimator : BaseEstimator
+        Its ``n_features_in_`` is set (``reset=True``) or held against the input.
+    X : array-like of shape (n, features), (n, H, W) or (n, C, H, W)
+        NumPy array, list, DataFrame or torch tensor on any device. float64 stays float64; uint8,
+        bool and float16 become float32; other integers become float64, as in scikit-learn.
+    y : array-like of shape (n,) or "no_validation"
+        Class labels; None is an error, in scikit-learn's words.
+    reset : bool
+        True in fit.
+
+    Raises
+    ------
+    ValueError, TypeError
+        scikit-learn's own, for NaN, infinity, complex, sparse, object or empty data, for a
+        wrong number of features and for a y that is missing or no vector of class labels.
+    """
+    X, shape = _flattened(X)
+    if isinstance(y, torch.Tensor):
+        y = y.detach().cpu().numpy()
+    dtypes = [np.float64, np.float32]
+    checked = validate_data(estimator, X, y, reset=reset, dtype=dtypes)
+    if isinstance(y, str):
+        return checked, None, shape
+    check_classification_targets(checked[1])
+    return *checked, shape
+
+
+def _flattened(X: Any) -> tuple[Any, ImageShape | None]:
+    if isinstance(X, torch.Tensor):
+        X = X.detach().cpu().numpy()
+    elif isinstance(X, list | tuple):
+        X = _list_of_images(X)
+    if not isinstance(X, np.ndarray):
+        return X, None
+    if X.dtype in (np.uint8, np.bool_, np.float16):
+        X = X.astype(np.float32)
+    if X.ndim not in (3, 4):
+        return X, None
+    sides = tuple(int(side) for side in X.shape[1:])
+    return X.reshape(len(X), int(np.prod(sides))), (*(1,) * (3 - len(sides)), *sides)
+
+
+def _list_of_images(rows: Sequence) -> Any:
+    # Nested lists of images become arrays; anything ragged or flat is left to scikit-learn.
+    try:
+        array = np.asarray(rows)
+    except ValueError:
+        return rows
+    return array if array.ndim in (3, 4) else rows
+
+
+def resolve_image_shape(
+    requested: tuple[int, ...] | None, found: ImageShape | None, n_features: int
+) -> ImageShape:
+    """The shape (C, H, W) of one image.
+
+    Parameters
+    ----------
+    requested : tuple or None
+        The parameter ``image_shape``: (C, H, W), or (H, W) for one channel.
+    found : tuple or None
+        Shape of the images passed, when they came as images.
+    n_features : int
+        Number of values of one row.
+
+    Returns
+    -------
+    tuple (C, H, W)
+        ``requested``, else ``found``, else a guess from the number of features: s² → (1, s, s),
+        3 s² → (3, s, s), any other f → (1, 1, f).
+
+    Raises
+    ------
+    ValueError
+        If what was requested does not agree with the data.
+    """
+    if requested is not None:
+        shape = _three(requested)
+        if found is not None and shape != found:
+            raise ValueError(
+                f"image_shape={requested!r}, but X holds images of shape {found}. "
+                "Leave image_shape=None for images, or pass X as rows of features."
+            )
+        if int(np.prod(shape)) != n_features:
+            raise ValueError(
+                f"image_shape={requested!r} has {int(np.prod(shape))} values, but X has "
+                f"{n_features} features. Give the (channels, height, width) of one image."
+            )
+        return shape
+    if found is not None:
+        return found
+    for channels in (1, 3):
+        side = round((n_features / channels) ** 0.5)
+        if channels * side * side == n_features:
+            return channels, side, side
+    return 1, 1, n_features
+
+
+def _three(shape: tuple[int, ...]) -> ImageShape:
+    sides = tuple(int(side) for side in shape)
+    if len(sides) not in (2, 3) or min(sides) < 1 or sides != tuple(shape):
+        raise ValueError(
+            f"image_shape={shape!r} is not allowed: give (channels, height, width) or "
+            "(height, width), positive integers, or None to infer it from X."
+        )
+    return (1, *sides) if len(sides) == 2 else sides
+
+
+def check_same_shape(found: ImageShape | None, fitted: ImageShape) -> ImageShape:
+    """Images, when they come as images, must have the shape that was fitted.
+
+    Raises
+    ------
+    ValueError
+        If they have the same number of values in another shape.
+    """
+    if found is not None and found != fitted:
+        raise ValueError(
+            f"X holds images of shape {found}, but the classifier was fitted on images of shape "
+            f"{fitted}. Pass images of that shape, or rows of {int(np.prod(fitted))} features."
+        )
+    return fitted
+
+
+def check_classes(classes: Any, known: np.ndarray | None) -> np.ndarray:
+    """The classes of an incremental fit, sorted.
+
+    Raises
+    ------
+    ValueError
+        If they are missing in the first call or differ from those of the first call.
+    """
+    if classes is None:
+        if known is None:
+            raise ValueError("classes must be passed on the first call to partial_fit.")
+        return known
+    found = np.unique(column_or_1d(classes))
+    if known is not None and not np.array_equal(found, known):
+        raise ValueError(
+            f"classes={classes!r} is not the same as on the last call to partial_fit: {known!r}."
+        )
+    return found
+
+
+def encode(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Codes 0 … K−1 of the labels.
+
+    Raises
+    ------
+    ValueError
+        If a label is not among the classes.
+    """
+    unknown = np.setdiff1d(y, classes)
+    if unknown.size:
+        raise ValueError(
+            f"y contains labels that are not among the classes: {unknown.tolist()}; "
+            f"the classes are {classes.tolist()}. Name every class in `classes` on the first call "
+            "to partial_fit, or fit anew with warm_start=False."
+        )
+    return np.searchsorted(classes, y)
+
+
+def check_weights(
+    sample_weight: Any, X: np.ndarray, y: np.ndarray, classes: np.ndarray, class_weight: Any
+) -> np.ndarray:
+    """Weights of the rows, class weights included, float64.
+
+    Raises
+    ------
+    ValueError
+        For a negative weight, a wrong length, or weights that are all zero.
+    """
+    if isinstance(sample_weight, torch.Tensor):
+        sample_weight = sample_weight.detach().cpu().numpy()
+    weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+    if class_weight is not None:
+        present = np.unique(y)
+        factors = compute_class_weight(class_weight, classes=present, y=y, sample_weight=weights)
+        weights = weights * factors[np.searchsorted(present, y)]
+    if not weights.any():
+        raise ValueError(
+            "All sample weights are zero, so there is no data to learn from; "
+            "give at least one row a positive weight."
+        )
+    return weights
+
+
+def check_names(names: Any, allowed: Sequence[str], parameter: str) -> tuple[str, ...]:
+    """A name or a sequence of different names, each of them allowed.
+
+    Raises
+    ------
+    ValueError
+        If it is empty, or a name is unknown or stands twice.
+    """
+    listed = (names,) if isinstance(names, str) else tuple(names)
+    unknown = [name for name in listed if name not in allowed]
+    if not listed or unknown or len(set(listed)) != len(listed):
+        raise ValueError(
+            f"{parameter}={names!r} is not allowed: give one or more different names out of "
+            f"{sorted(allowed)}" + (f"; unknown: {unknown}." if unknown else ".")
+        )
+    return listed
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device to compute on.
+
+    Parameters
+    ----------
+    device : str
+        "auto" takes the first CUDA device if there is one and the CPU otherwise; anything else
+        is torch's own notation.
+
+    Raises
+    ------
+    ValueError
+        If the device is unknown or not to be had on this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device={device!r} cannot be used on this machine ({reason}). "
+            "Use device='auto' or device='cpu'."
+        ) from error
+    return torch.device(device)

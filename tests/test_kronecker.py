@@ -1,0 +1,142 @@
+"""Spectra against dense matrices; what happens to a factor that cannot be decomposed."""
+
+import pytest
+import torch
+
+from sklearn_softeq import kronecker
+from sklearn_softeq.kronecker import Kronecker, spectra
+
+SHAPES = [(1, 3, 4), (3, 2, 4), (2, 1, 3), (4, 3, 1), (1, 1, 1)]  # (B, d_in, d_out)
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def positive(n_blocks, side, dtype=torch.float64, rank=None):
+    rows = torch.randn(n_blocks, rank or side, side, dtype=dtype)
+    return rows.transpose(1, 2) @ rows
+
+
+def matrix(shape, **options):
+    blocks, d_in, d_out = shape
+    return Kronecker(positive(blocks, d_in, **options), positive(blocks, d_out, **options))
+
+
+def spectrum(kron):
+    return spectra({"w": kron})["w"]
+
+
+@each_shape
+def test_to_dense_acts_on_weights_as_the_formula(shape):
+    kron = matrix(shape)
+    blocks, d_in, d_out = shape
+    weights = torch.randn(blocks, d_out, d_in, dtype=torch.float64)
+    vector = weights.transpose(1, 2).flatten()
+    expected = sum(
+        (w.T * (a @ w.T @ g)).sum() for w, a, g in zip(weights, kron.left, kron.right, strict=True)
+    )
+    torch.testing.assert_close(vector @ kron.to_dense() @ vector, expected)
+
+
+@each_shape
+@pytest.mark.parametrize("delta", [1e-3, 1.0, 50.0])
+@pytest.mark.parametrize("rank", [None, 1])
+def test_spectrum_against_the_dense_matrix(shape, delta, rank):
+    kron = matrix(shape, rank=rank)
+    dense, precision = kron.to_dense(), torch.tensor(delta, dtype=torch.float64)
+    eye = torch.eye(len(dense), dtype=torch.float64)
+    found = spectrum(kron)
+    log_det = torch.logdet(dense + delta * eye) - len(dense) * precision.log()
+    torch.testing.assert_close(found.log_det_ratio(precision), log_det)
+    gamma = torch.trace(dense @ torch.linalg.inv(dense + delta * eye))
+    torch.testing.assert_close(found.effective_dimensions(precision), gamma)
+    torch.testing.assert_close(
+        found.eigenvalues().flatten().sort().values, torch.linalg.eigvalsh(dense), atol=1e-9, rtol=0
+    )
+
+
+@each_shape
+def test_effective_dimensions_lie_between_none_and_all(shape):
+    found = spectrum(matrix(shape))
+    precisions = torch.logspace(-12, 12, 25, dtype=torch.float64)
+    gammas = torch.stack([found.effective_dimensions(p) for p in precisions])
+    assert (gammas.diff() < 0).all()
+    n_weights = shape[0] * shape[1] * shape[2]
+    assert 0 <= gammas[-1] < 1e-8
+    assert n_weights * (1 - 1e-6) < gammas[0] <= n_weights
+
+
+def test_gradient_of_the_log_determinant_is_minus_gamma():
+    found = spectrum(matrix((3, 2, 4)))
+    log_precision = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(found.log_det_ratio(log_precision.exp()), log_precision)
+    torch.testing.assert_close(-slope, found.effective_dimensions(log_precision.detach().exp()))
+
+
+def test_scale():
+    kron = matrix((2, 3, 2))
+    torch.testing.assert_close((kron * 2.5).to_dense(), 2.5 * kron.to_dense())
+
+
+@pytest.fixture
+def decomposed(monkeypatch):
+    """Matrices that the eigenvalue solver was given, in order."""
+    seen, solve = [], torch.linalg.eigvalsh
+
+    def counting(given):
+        seen.append(given)
+        return solve(given)
+
+    monkeypatch.setattr(kronecker.torch.linalg, "eigvalsh", counting)
+    return seen
+
+
+def test_a_shared_factor_is_decomposed_once(decomposed):
+    kron = matrix((1, 3, 4))
+    bias = Kronecker(torch.full((1, 1, 1), 7.0, dtype=torch.float64), kron.right)
+    found = spectra({"w": kron, "b": bias})
+    assert len(decomposed) == 2
+    assert found["b"].right is found["w"].right
+    torch.testing.assert_close(
+        found["b"].eigenvalues().flatten(), torch.linalg.eigvalsh(7 * kron.right[0])
+    )
+
+
+def test_equal_factors_of_two_tensors_are_not_taken_for_one():
+    first, second = matrix((1, 2, 3)), matrix((1, 2, 3))
+    found = spectra({"first": first, "second": second})
+    for name, kron in (("first", first), ("second", second)):
+        torch.testing.assert_close(found[name].right, torch.linalg.eigvalsh(kron.right))
+
+
+def test_rounding_below_zero_is_cut():
+    found = spectrum(matrix((2, 30, 40), dtype=torch.float32, rank=1))
+    assert found.left.dtype == found.right.dtype == torch.float64
+    assert found.left.min() >= 0
+    assert found.right.min() >= 0
+
+
+@pytest.mark.parametrize("failure", ["nan", "error"])
+def test_a_failure_in_float32_is_tried_again_in_float64(monkeypatch, failure):
+    solve = torch.linalg.eigvalsh
+
+    def fails_in_float32(given):
+        if given.dtype == torch.float64:
+            return solve(given)
+        if failure == "error":
+            raise torch.linalg.LinAlgError("no convergence")
+        values = solve(given)
+        values[..., 0] = torch.nan
+        return values
+
+    kron = matrix((2, 3, 4), dtype=torch.float32)
+    monkeypatch.setattr(kronecker.torch.linalg, "eigvalsh", fails_in_float32)
+    torch.testing.assert_close(spectrum(kron).right, solve(kron.right.double()))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_factor_that_is_not_finite_is_an_error_with_its_name(bad, shape, dtype):
+    kron = matrix(shape, dtype=dtype)
+    kron.right[0, 0, 0] = bad
+    with pytest.raises(ValueError, match="'blocks.2.conv.weight'.*not finite"):
+        spectra({"blocks.2.conv.weight": kron})

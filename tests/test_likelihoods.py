@@ -1,0 +1,144 @@
+"""Densities against torch's; roots and sketches against the Hessian of autograd."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from sklearn_softeq import likelihoods
+from sklearn_softeq.likelihoods import Categorical, Gaussian
+
+CATEGORICAL = Categorical()
+
+
+def random_logits(n=6, k=5, scale=1.0):
+    return scale * torch.randn(n, k, dtype=torch.float64)
+
+
+def saturated_logits():
+    """Probabilities that are 0, 1 or tiny to the last bit, the large one at each place."""
+    logits = torch.zeros(3, 3, dtype=torch.float64)
+    logits[range(3), range(3)] = torch.tensor([1e4, 40.0, 800.0], dtype=torch.float64)
+    return logits
+
+
+LOGITS = {
+    "one class": lambda: random_logits(k=1),
+    "two classes": lambda: random_logits(k=2),
+    "five classes": random_logits,
+    "large": lambda: random_logits(scale=20.0),
+    "saturated": saturated_logits,
+    "all equal": lambda: torch.zeros(2, 4, dtype=torch.float64),
+}
+each_logits = pytest.mark.parametrize("logits", LOGITS.values(), ids=LOGITS)
+
+MODELS = [CATEGORICAL, Gaussian(), Gaussian(0.2)]
+each_model = pytest.mark.parametrize("likelihood", MODELS, ids=str)
+
+
+def targets_for(likelihood, outputs):
+    if likelihood is CATEGORICAL:
+        return torch.arange(len(outputs)) % outputs.shape[1]
+    return torch.randn_like(outputs)
+
+
+def negative_hessian(likelihood, outputs):
+    targets = targets_for(likelihood, outputs)
+    return -torch.stack(
+        [
+            torch.autograd.functional.hessian(
+                lambda f, y=y: likelihood.log_prob(f[None], y[None]).sum(), row
+            )
+            for row, y in zip(outputs, targets, strict=True)
+        ]
+    )
+
+
+def square(columns):
+    return columns @ columns.transpose(1, 2)
+
+
+@each_model
+def test_log_prob_against_torch(likelihood):
+    outputs = random_logits()
+    targets = targets_for(likelihood, outputs)
+    if likelihood is CATEGORICAL:
+        expected = torch.distributions.Categorical(logits=outputs).log_prob(targets)
+    else:
+        scale = likelihood.noise_variance**0.5
+        expected = torch.distributions.Normal(outputs, scale).log_prob(targets).sum(1)
+    torch.testing.assert_close(likelihood.log_prob(outputs, targets), expected)
+
+
+@each_logits
+def test_categorical_root_is_the_hessian(logits):
+    outputs = logits()
+    root = CATEGORICAL.hessian_root(outputs)
+    n, k = outputs.shape
+    assert root.shape == (n, k, k - 1)
+    expected = negative_hessian(CATEGORICAL, outputs)
+    torch.testing.assert_close(square(root), expected, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("noise_variance", [0.04, 1.0, 9.0])
+def test_gaussian_root_is_the_hessian(noise_variance):
+    outputs, likelihood = random_logits(), Gaussian(noise_variance)
+    expected = negative_hessian(likelihood, outputs)
+    torch.testing.assert_close(square(likelihood.hessian_root(outputs)), expected)
+
+
+@each_model
+def test_float32_root(likelihood):
+    outputs = random_logits().float()
+    root = likelihood.hessian_root(outputs)
+    assert root.dtype == torch.float32
+    expected = square(likelihood.hessian_root(outputs.double())).float()
+    torch.testing.assert_close(square(root), expected)
+
+
+@each_model
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_sketch_is_unbiased_over_all_signs(monkeypatch, likelihood, k):
+    # The mean over every pattern of signs is the expectation itself.
+    outputs = random_logits(k=k)
+    total = torch.zeros(len(outputs), k, k, dtype=torch.float64)
+    for pattern in product((-1.0, 1.0), repeat=k):
+        signs = torch.tensor(pattern, dtype=torch.float64)[None, :, None]
+        monkeypatch.setattr(likelihoods, "_signs", lambda f, m, g, s=signs: s.expand(len(f), k, m))
+        total += square(likelihood.hessian_sketch(outputs, 2, torch.Generator())) / 2**k
+    torch.testing.assert_close(
+        total, square(likelihood.hessian_root(outputs)), atol=1e-12, rtol=1e-10
+    )
+
+
+@each_model
+def test_sketch_is_unbiased_over_draws(likelihood):
+    outputs, n_sketches = random_logits(n=4, k=3), 20_000
+    columns = likelihood.hessian_sketch(outputs, n_sketches, torch.Generator().manual_seed(1))
+    assert columns.shape == (4, 3, n_sketches)
+    one_by_one = n_sketches * columns[:, :, None] * columns[:, None]  # (n, K, K, sketches)
+    error = one_by_one.std(-1) / n_sketches**0.5
+    expected = square(likelihood.hessian_root(outputs))
+    assert ((one_by_one.mean(-1) - expected).abs() <= 5 * error + 1e-12).all()
+    # Rows are drawn independently of each other.
+    inner = (columns[:1] * columns[1:]).sum(1) * n_sketches
+    assert inner.mean(-1).abs().max() < 5 * inner.std(-1).max() / n_sketches**0.5
+
+
+@each_model
+def test_sketch_follows_its_generator_alone(likelihood):
+    outputs = random_logits()
+    state = torch.get_rng_state()
+    first, again, other = (
+        likelihood.hessian_sketch(outputs, 3, torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_links():
+    outputs = random_logits()
+    expected = outputs.exp() / outputs.exp().sum(1, keepdim=True)
+    torch.testing.assert_close(CATEGORICAL.link(outputs), expected)
+    assert Gaussian(2.0).link(outputs) is outputs

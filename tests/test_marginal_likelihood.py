@@ -1,0 +1,431 @@
+"""Evidence against closed forms and finite differences; its ascent; a toy whose truth is known."""
+
+import math
+from itertools import pairwise
+from statistics import mean
+
+import pytest
+import torch
+from cases import APPROXIMATE, EXACT, chain
+from references import (
+    jacobians,
+    linear_regression_log_evidence,
+    linear_regression_map,
+)
+
+from sklearn_softeq.curvature import kronecker_factors
+from sklearn_softeq.hyperparameters import LOG_PRECISION_BOUNDS, LayerwisePrior, squared_norms
+from sklearn_softeq.kronecker import Kronecker, Spectrum, spectra
+from sklearn_softeq.layers import FC, Conv, PathwaySum
+from sklearn_softeq.likelihoods import Gaussian
+from sklearn_softeq.marginal_likelihood import (
+    HYPER_SOLVERS,
+    AdamSolver,
+    Evidence,
+    FixedPointSolver,
+    LaplaceEvidence,
+)
+
+BY_NAME = {case.name: case for case in EXACT + APPROXIMATE}
+NETWORKS = [BY_NAME[name] for name in ("all", "all-gaussian", "factored-fc", "full-resolution")]
+each_network = pytest.mark.parametrize("case", NETWORKS, ids=str)
+
+
+def laplace(network, likelihood, batch, prior):
+    """The objective of a network as it stands."""
+    factors, log_likelihood = kronecker_factors(network, likelihood, [batch])
+    norms = squared_norms(dict(network.named_parameters()))
+    groups = dict(zip(prior.names, prior.index.tolist(), strict=True))
+    return LaplaceEvidence(log_likelihood, spectra(factors), norms, groups)
+
+
+def objective_of(case, n=30):
+    network = case.network()
+    prior = LayerwisePrior(dict(network.named_parameters()))
+    inputs = case.inputs(n)
+    batch = (inputs, case.targets(network(inputs).detach()), torch.ones(n, dtype=torch.float64))
+    return laplace(network, case.likelihood, batch, prior), prior, network
+
+
+def ascend(solver, objective, log_precision, n_steps):
+    for _ in range(n_steps):
+        log_precision = solver.step(objective, log_precision)
+    return log_precision
+
+
+# ── the value
+
+
+def test_terms():
+    evidence = Evidence(log_likelihood=-7.0, scatter=2.0, log_det_ratio=4.0)
+    assert evidence.value == -7.0 - 1.0 - 2.0
+
+
+def test_terms_against_dense_matrices():
+    case = BY_NAME["all"]
+    network = case.network()
+    batch = case.batch(network)
+    prior = LayerwisePrior(dict(network.named_parameters()))
+    log_precision = torch.randn(len(prior.groups), dtype=torch.float64)
+    found = laplace(network, case.likelihood, batch, prior).evidence(log_precision)
+    factors, log_likelihood = kronecker_factors(network, case.likelihood, [batch])
+    prior.log_precision.copy_(log_precision)
+    log_det = 0.0
+    for name, delta in prior.precisions().items():
+        dense = factors[name].to_dense() / delta
+        log_det += torch.logdet(dense + torch.eye(len(dense), dtype=torch.float64)).item()
+    assert found.log_likelihood == log_likelihood
+    assert found.scatter == pytest.approx(prior.scatter(dict(network.named_parameters())))
+    assert found.log_det_ratio == pytest.approx(log_det)
+
+
+class LinearModel:
+    """A network that is linear in its weights, at the exact mode of its posterior."""
+
+    def __init__(self, layer, inputs, targets):
+        self.network = chain(layer).double()
+        self.inputs, self.targets = inputs, targets
+        found = jacobians(self.network, inputs)
+        self.sizes = {name: j.shape[2] for name, j in found.items()}
+        self.design = torch.cat(list(found.values()), 2).detach().flatten(0, 1)  # (n·K, P)
+        self.prior = LayerwisePrior(dict(self.network.named_parameters()))
+
+    def column_precisions(self):
+        """δ of every column of the design."""
+        values = self.prior.precisions()
+        return torch.cat(
+            [torch.full((p,), values[n], dtype=torch.float64) for n, p in self.sizes.items()]
+        )
+
+    def to_mode(self, noise_variance):
+        solution = linear_regression_map(
+            self.design, self.targets.flatten(), self.column_precisions(), noise_variance
+        )
+        with torch.no_grad():
+            for name, part in zip(
+                self.sizes, solution.split(list(self.sizes.values())), strict=True
+            ):
+                tensor = self.network.get_parameter(name)
+                ordered = tensor.transpose(1, 2) if tensor.ndim == 3 else tensor
+                ordered.copy_(part.view(ordered.shape))
+
+    def objective(self, noise_variance):
+        weights = torch.ones(len(self.inputs), dtype=torch.float64)
+        batch = (self.inputs, self.targets, weights)
+        return laplace(self.network, Gaussian(noise_variance), batch, self.prior)
+
+    def closed_form(self, noise_variance):
+        return linear_regression_log_evidence(
+            self.design, self.targets.flatten(), self.column_precisions(), noise_variance
+        )
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: FC(2, 3, (2, 3)), (2, 2, 3)),
+        (lambda: FC(2, 3, (2, 4), (2, 2)), (2, 2, 4)),
+        (lambda: Conv(2, 3, (3, 4)), (2, 3, 4)),
+        (lambda: Conv(2, 2, (4, 2), (2, 2)), (2, 4, 2)),
+        (lambda: Conv(3, 2, (1, 5)), (3, 1, 5)),
+    ],
+    ids=["fc", "fc-strided", "conv", "conv-strided", "conv-line"],
+)
+@pytest.mark.parametrize("noise_variance", [0.1, 3.0])
+def test_evidence_of_a_linear_layer_is_bayesian_linear_regression(layer, shape, noise_variance):
+    layer = layer().double()
+    inputs = torch.randn(25, *shape, dtype=torch.float64)
+    inputs = inputs - inputs.mean(0)  # so that no cross block of weight and bias is dropped
+    targets = torch.randn_like(layer(inputs).flatten(1))
+    model = LinearModel(layer, inputs, targets)
+    model.prior.set_precision("layer0.weight", 2.5)
+    model.prior.set_precision("layer0.bias", 0.4)
+    model.to_mode(noise_variance)
+    found = model.objective(noise_variance).evidence(model.prior.log_precision).value
+    assert found == pytest.approx(model.closed_form(noise_variance), rel=0, abs=1e-6)
+
+
+# ── the gradient
+
+
+@each_network
+def test_gradient_against_central_differences(case):
+    objective, prior, _ = objective_of(case)
+    at = torch.randn(len(prior.groups), dtype=torch.float64)
+    slope, h = objective.gradient(at), 1e-4
+    for i in range(len(at)):
+        step = torch.zeros_like(at)
+        step[i] = h
+        up, down = (objective.evidence(at + s).value for s in (step, -step))
+        assert (up - down) / (2 * h) == pytest.approx(slope[i].item(), rel=1e-5, abs=1e-5)
+
+
+@each_network
+def test_effective_dimensions_lie_between_none_and_all(case):
+    objective, prior, network = objective_of(case)
+    sizes = {name: p.numel() for name, p in network.named_parameters()}
+    for log_delta in (-9.0, 0.0, 9.0):
+        at = torch.full((len(prior.groups),), log_delta, dtype=torch.float64)
+        found = objective.effective_dimensions(at)
+        assert set(found) == set(sizes)
+        assert all(0 <= found[name] <= sizes[name] for name in sizes)
+
+
+def test_balance_sums_over_the_tensors_of_a_precision():
+    objective, prior, network = objective_of(BY_NAME["all"])
+    gamma, squares = objective.balance(prior.log_precision)
+    found = objective.effective_dimensions(prior.log_precision)
+    norms = squared_norms(dict(network.named_parameters()))
+    for i, group in enumerate(prior.groups):
+        own = [n for n in prior.names if n == group or (group == "bias" and n.endswith("bias"))]
+        assert gamma[i].item() == pytest.approx(sum(found[name] for name in own))
+        assert squares[i].item() == pytest.approx(sum(norms[name] for name in own))
+
+
+def test_tensors_that_are_not_in_use_count_for_nothing():
+    case = BY_NAME["all"]
+    network = case.network()
+    prior = LayerwisePrior(dict(network.named_parameters()))
+    network.blocks[0].enabled["fc"] = False
+    objective = laplace(network, case.likelihood, case.batch(network), prior)
+    before = objective.evidence(prior.log_precision)
+    i = prior.groups.index("blocks.0.fc.weight")
+    prior.log_precision[i] = 3.0
+    assert objective.evidence(prior.log_precision) == before
+    assert objective.gradient(prior.log_precision)[i] == 0
+
+
+# ── the ascent
+
+
+@each_network
+def test_fixed_point_is_stationary(case):
+    objective, prior, _ = objective_of(case)
+    end = ascend(FixedPointSolver(), objective, prior.log_precision, 300)
+    low, high = LOG_PRECISION_BOUNDS
+    assert ((end > low) & (end < high)).all()
+    assert objective.gradient(end).abs().max() < 1e-8
+    gamma, squares = objective.balance(end)
+    torch.testing.assert_close(end.exp(), gamma / squares)
+
+
+def test_biases_share_their_fixed_point():
+    objective, prior, network = objective_of(BY_NAME["all"])
+    end = ascend(FixedPointSolver(), objective, prior.log_precision, 300)
+    gamma, norms = (
+        objective.effective_dimensions(end),
+        squared_norms(dict(network.named_parameters())),
+    )
+    biases = [name for name in prior.names if name.endswith("bias")]
+    expected = sum(gamma[name] for name in biases) / sum(norms[name] for name in biases)
+    assert end[prior.groups.index("bias")].exp().item() == pytest.approx(expected)
+
+
+def test_one_undamped_and_one_damped_step():
+    objective, prior, _ = objective_of(BY_NAME["all"])
+    start = prior.log_precision + torch.randn(len(prior.groups), dtype=torch.float64)
+    before = start.clone()
+    gamma, squares = objective.balance(start)
+    target = (gamma / squares).log()
+    torch.testing.assert_close(FixedPointSolver(rate=1.0).step(objective, start), target)
+    quarter = FixedPointSolver(rate=0.25).step(objective, start)
+    torch.testing.assert_close(quarter, 0.75 * start + 0.25 * target)
+    assert torch.equal(start, before)
+
+
+@each_network
+def test_adam_ascends_to_the_same_optimum(case):
+    objective, prior, _ = objective_of(case)
+    solver, at = AdamSolver(), prior.log_precision
+    values = [objective.evidence(at).value]
+    for _ in range(10):
+        at = solver.step(objective, at)
+        values.append(objective.evidence(at).value)
+    assert all(b > a for a, b in pairwise(values))
+    adam = ascend(solver, objective, at, 400)
+    fixed = ascend(FixedPointSolver(), objective, prior.log_precision, 300)
+    torch.testing.assert_close(adam, fixed, atol=0.02, rtol=0)
+    best = objective.evidence(fixed).value
+    assert objective.evidence(adam).value == pytest.approx(best, abs=1e-2)
+
+
+def test_adam_is_the_published_recursion_and_its_moments_last():
+    first, prior, _ = objective_of(BY_NAME["all"])
+    second, *_ = objective_of(BY_NAME["all"], n=7)
+    solver = AdamSolver(rate=0.1)
+    at = expected = prior.log_precision.clone()
+    m, v = torch.zeros_like(at), torch.zeros_like(at)
+    for t, objective in enumerate([first] * 5 + [second] * 5, start=1):
+        g = objective.gradient(expected)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        expected = expected + 0.1 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        at = solver.step(objective, at)
+        torch.testing.assert_close(at, expected)
+
+
+def small(left, right, square):
+    """One tensor of one block with these eigenvalues and ‖w‖²."""
+    values = [torch.tensor([v], dtype=torch.float64) for v in (left, right)]
+    return LaplaceEvidence(0.0, {"w": Spectrum(*values)}, {"w": square}, {"w": 0})
+
+
+@pytest.mark.parametrize("solver", HYPER_SOLVERS)
+@pytest.mark.parametrize(
+    ("objective", "bound"),
+    [
+        (small([1e3], [1e3], 1e-40), 1),  # free to grow: the weights are zero
+        (small([1e6], [1e6], 1e-12), 1),
+        (small([0.0], [1.0], 1.0), 0),  # weights without curvature
+        (small([1e-9, 0.0], [1e-9], 1e3), 0),
+    ],
+)
+def test_bounds_are_kept(solver, objective, bound):
+    near = torch.full((1,), 0.99 * LOG_PRECISION_BOUNDS[bound], dtype=torch.float64)
+    end = ascend(HYPER_SOLVERS[solver](), objective, near, 20)
+    assert end.item() == LOG_PRECISION_BOUNDS[bound]
+
+
+@pytest.mark.parametrize("solver", HYPER_SOLVERS)
+def test_a_silent_tensor_leaves_its_precision_alone(solver):
+    live = Spectrum(*(torch.tensor([[1.0, 3.0]], dtype=torch.float64) for _ in range(2)))
+    silent = spectra({"w": Kronecker(torch.zeros(2, 3, 3), torch.zeros(2, 2, 2))})["w"]
+    objective = LaplaceEvidence(
+        0.0,
+        {"live": live, "silent": silent},
+        {"live": 1.0, "silent": 0.0},
+        {"live": 0, "silent": 1},
+    )
+    end = ascend(HYPER_SOLVERS[solver](), objective, torch.full((2,), 3.5, dtype=torch.float64), 20)
+    assert end[0] != 3.5
+    assert end[1] == 3.5
+
+
+# ── a toy whose truth is known: y = W x + 0.3 ε in R⁸, W a circulant of three taps plus ε_b R
+
+BREAKING = (0.0, 0.1, 0.3, 1.0, None)  # None: no symmetry at all, W = 3 R
+PATHS = {"fc": ("fc",), "conv": ("conv",), "sum": ("fc", "conv")}
+N_TOY, SIDE = 30, 8
+
+
+def toy_data(breaking, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    taps = normal(3)
+    circulant = torch.zeros(SIDE, SIDE, dtype=torch.float64)
+    for i in range(SIDE):
+        for a in range(3):
+            circulant[i, (i + a - 1) % SIDE] = taps[a]
+    dense = normal(SIDE, SIDE)
+    dense *= circulant.norm() / dense.norm()
+    truth = 3 * dense if breaking is None else circulant + breaking * dense
+    x = normal(N_TOY, SIDE)
+    return x[:, None, None], x @ truth.T + 0.3 * normal(N_TOY, SIDE)
+
+
+def fit_toy(pathways, inputs, targets, n_passes=20):
+    """Precisions at their fixed point, noise, and weights at their mode, in turns."""
+    kinds = {"fc": FC, "conv": Conv}
+    paths = {name: kinds[name](1, 1, (1, SIDE)) for name in pathways}
+    model = LinearModel(PathwaySum(paths, (1, 1), 1.0), inputs, targets)
+    solver, noise = FixedPointSolver(rate=1.0), targets.var().item()
+    for _ in range(n_passes):
+        model.to_mode(noise)
+        objective = model.objective(noise)
+        at = model.prior.log_precision.clone()
+        seen = {
+            "kronecker": objective.evidence(at).value / targets.numel(),
+            "exact": model.closed_form(noise) / targets.numel(),
+            "gamma": objective.effective_dimensions(at),
+            "precision": model.prior.precisions(),
+        }
+        model.prior.log_precision.copy_(ascend(solver, objective, at, 3))
+        residual = (targets - model.network(inputs)).square().sum().item()
+        noise = residual / (targets.numel() - sum(seen["gamma"].values()))
+    return {**seen, "error": equivariance_error(model.network)}
+
+
+def equivariance_error(network):
+    """‖f(g h) − g f(h)‖ / ‖f(h)‖, root mean square over all shifts g."""
+    inputs = torch.randn(500, 1, 1, SIDE, dtype=torch.float64)
+    with torch.no_grad():
+        outputs = network(inputs)
+        changes = [network(inputs.roll(g, 3)) - outputs.roll(g, 1) for g in range(1, SIDE)]
+    return math.sqrt(mean(c.square().sum().item() for c in changes)) / outputs.norm().item()
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """Fits by degree of breaking: a list over seeds of {model: fit}."""
+    torch.manual_seed(0)
+    return {
+        breaking: [
+            {name: fit_toy(paths, *toy_data(breaking, seed)) for name, paths in PATHS.items()}
+            for seed in range(3)
+        ]
+        for breaking in BREAKING
+    }
+
+
+def over_seeds(toy, value):
+    return [mean(value(fits) for fits in toy[breaking]) for breaking in BREAKING]
+
+
+def rises(values):
+    return all(b > a for a, b in pairwise(values))
+
+
+def test_toy_precision_of_the_free_path_falls_with_the_breaking(toy):
+    found = over_seeds(toy, lambda f: math.log(f["sum"]["precision"]["layer0.fc.weight"]))
+    assert rises([-value for value in found])
+    assert found[0] > 6
+    assert found[-1] < 1
+
+
+def test_toy_effective_dimensions_of_the_free_path_rise_with_the_breaking(toy):
+    found = over_seeds(toy, lambda f: f["sum"]["gamma"]["layer0.fc.weight"])
+    assert rises(found)
+    assert found[0] < 8
+    assert 60 < found[-1] < 64
+
+
+def test_toy_equivariance_error_rises_with_the_breaking(toy):
+    found = over_seeds(toy, lambda f: f["sum"]["error"])
+    assert rises(found)
+    assert found[0] < 0.05
+    assert found[-1] > 1.2
+
+
+def test_toy_sum_is_as_good_as_the_best_of_its_parts(toy):
+    """Evidence per output, exactly and with the blocks between the pathways dropped."""
+    for fits in (f for seeds in toy.values() for f in seeds):
+        for kind in ("exact", "kronecker"):
+            best = max(fits["fc"][kind], fits["conv"][kind])
+            assert fits["sum"][kind] >= best - 1e-2
+
+
+def test_toy_dropped_blocks_cost_little_and_only_ever_cost(toy):
+    """A determinant is at most the product of those of its blocks: the estimate is a bound."""
+    cost = over_seeds(toy, lambda f: f["sum"]["exact"] - f["sum"]["kronecker"])
+    every = [f[m]["exact"] - f[m]["kronecker"] for seeds in toy.values() for f in seeds for m in f]
+    assert min(every) > -1e-9
+    # Charged twice: the three taps, where both paths are in use; 0.29 nat a datum at most here.
+    assert max(every) < 0.05
+    assert max(cost) == max(cost[1:4]) > 5e-3
+    alone = [
+        f[m]["exact"] - f[m]["kronecker"] for s in toy.values() for f in s for m in ("fc", "conv")
+    ]
+    assert max(alone) < 2e-3
+
+
+def test_toy_evidence_knows_which_model_is_true(toy):
+    """Ties at the ends; between them the sum wins, and neither part is right throughout."""
+    fc, conv, both = (over_seeds(toy, lambda f, m=m: f[m]["kronecker"]) for m in PATHS)
+    assert both[0] == pytest.approx(conv[0], abs=1e-2)
+    assert both[-1] == pytest.approx(fc[-1], abs=1e-2)
+    assert conv[0] > fc[0] + 0.2
+    assert fc[-1] > conv[-1] + 0.5
+    for i in (1, 2, 3):
+        assert both[i] > max(fc[i], conv[i]) + 0.02
