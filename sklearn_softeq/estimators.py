@@ -72,7 +72,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         "paper": the stack of the paper, for images of up to 32×32 pixels. "auto": the same
         pattern from any image down to 1×1; sides are padded to powers of two.
     width : int, default=8
-        Channels of the first layer; the last has 2^⌈(L−1)/2⌉ times as many. The paper has 10.
+        Channels of the first of L layers; the last has 2^⌊L/2⌋ times as many (2^⌊L/4⌋ for images
+        of a single row). The paper has 10.
     image_shape : tuple, default=None
         (channels, height, width) or (height, width) of one image when X has rows of features.
         None: images tell themselves; s² features are taken as (1, s, s), 3 s² as (3, s, s), any
@@ -112,7 +113,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         Cap of the number of epochs. Training stops when the evidence (with ``learn_prior=False``
         the log joint) has stopped rising.
     tol : float, default=0.01
-        Rise that counts, in nats for each observation.
+        Rise that counts, in nats for each observation; less than one nat in all (a Bayes factor
+        of e) does not count either.
     n_iter_no_change : int, default=5
         Evaluations in a row without a rise after which training ends (after a cool-down).
     keep_best : bool, default=True
@@ -211,6 +213,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     >>> clf.fit(X[:200], y[:200]).predict(X[200:]).shape  # doctest: +SKIP
     (1597,)
     """
+
+    image_shape_: tuple[int, int, int]
 
     _parameter_constraints: ClassVar[dict] = {
         "pathways": ["array-like", str],
@@ -425,7 +429,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         X, codes, weights = X[present], codes[present], weights[present]
         self.classes_, self.image_shape_, self.device_ = classes, shape, device
         if first:
-            self._set_standardizer(X, weights)
+            self._set_standardizer(X, weights, shape[0])
         inputs = self._as_images(X)
         seen = weights.sum() + (0.0 if first else self.n_observations_)
         return TrainingData(
@@ -435,9 +439,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             float(seen),
         )
 
-    def _set_standardizer(self, X: np.ndarray, weights: np.ndarray) -> None:
+    def _set_standardizer(self, X: np.ndarray, weights: np.ndarray, n_channels: int) -> None:
         """Weighted mean and deviation of each channel."""
-        n_channels = self.image_shape_[0]
         self.channel_mean_, self.channel_scale_ = np.zeros(n_channels), np.ones(n_channels)
         if not self.standardize:
             return
@@ -469,7 +472,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             evidence,
             STARTS[self.start](),
             LearningRate("constant" if endless else self.lr_schedule, self.lr, self.max_epochs),
-            Plateau(self.tol, self.n_iter_no_change),
+            Plateau(max(self.tol, 1.0 / data.n_observations), self.n_iter_no_change),
             self.keep_best,
             release=previous is None,
             endless=endless,
@@ -619,7 +622,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         ndarray of shape (n,)
             Class labels.
         """
-        return self.classes_[self._outputs(X).argmax(1).numpy()]
+        codes = self._outputs(X).argmax(1).numpy()
+        return self.classes_[codes]
 
     def _outputs(self, X) -> torch.Tensor:
         check_is_fitted(self)

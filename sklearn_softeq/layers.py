@@ -10,6 +10,7 @@ of :data:`PATHWAYS`.
 
 import math
 from abc import ABC, abstractmethod
+from typing import cast
 
 import torch
 from torch import nn
@@ -96,7 +97,8 @@ class FC(SharedLinear, Pathway):
     def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs.flatten(1)[:, None, None, :]  # (n, 1, 1, C·X)
 
-    output_tokens = input_tokens
+    def output_tokens(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs.flatten(1)[:, None, None, :]  # (n, 1, 1, D·Y)
 
 
 class FactorU(SharedLinear):
@@ -217,6 +219,11 @@ class PathwaySum(nn.Module):
         for name, pathway in pathways.items():
             self.add_module(name, pathway)
 
+    @property
+    def pathways(self) -> dict[str, Pathway]:
+        """The pathways by name."""
+        return {name: cast(Pathway, self.get_submodule(name)) for name in self.enabled}
+
     def get_extra_state(self) -> dict[str, bool]:
         """What is switched off travels with the weights."""
         return dict(self.enabled)
@@ -227,7 +234,7 @@ class PathwaySum(nn.Module):
 
     def outputs(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """The scaled output of each pathway that is switched on."""
-        paths = {name: self.get_submodule(name) for name, on in self.enabled.items() if on}
+        paths = {name: path for name, path in self.pathways.items() if self.enabled[name]}
         rolled = inputs
         if self.stride != (1, 1) and any(p.equivariant for p in paths.values()):
             rolled = keep_largest_grid(inputs, self.stride)
@@ -237,7 +244,8 @@ class PathwaySum(nn.Module):
         }
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return sum(self.outputs(inputs).values())
+        first, *others = self.outputs(inputs).values()
+        return sum(others, start=first)
 
 
 def keep_largest_grid(inputs: torch.Tensor, stride: Grid) -> torch.Tensor:

@@ -142,4 +142,6 @@ class AdamSolver:
         return self._log_precision.clamp(*LOG_PRECISION_BOUNDS)
 
 
-HYPER_SOLVERS = {"adam": AdamSolver, "fixed_point": FixedPointSolver}
+Solver = AdamSolver | FixedPointSolver
+
+HYPER_SOLVERS: dict[str, type[Solver]] = {"adam": AdamSolver, "fixed_point": FixedPointSolver}

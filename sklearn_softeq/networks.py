@@ -2,11 +2,12 @@
 
 import math
 import os
+from typing import cast
 
 import torch
 from torch import nn
 
-from .layers import FC, PATHWAYS, Grid, PathwaySum
+from .layers import FC, PATHWAYS, Grid, Pathway, PathwaySum
 
 __all__ = ["ARCHITECTURES", "SCALES", "SoftEquivariantNetwork", "build_network"]
 
@@ -26,11 +27,6 @@ class SoftEquivariantNetwork(nn.Module):
         Layers down to a 1×1 grid.
     head : nn.Module
         Map from the last feature maps (n, C, 1, 1) to (n, K, 1, 1).
-
-    Attributes
-    ----------
-    blocks : nn.ModuleList
-        Its children are the named layers of the report: ``blocks.0``, ``blocks.1``, …
     """
 
     def __init__(self, canvas: Grid, blocks: list[PathwaySum], head: nn.Module):
@@ -38,6 +34,11 @@ class SoftEquivariantNetwork(nn.Module):
         self.canvas = canvas
         self.blocks = nn.ModuleList(blocks)
         self.head = head
+
+    @property
+    def layers(self) -> dict[str, PathwaySum]:
+        """The blocks by name, as they stand in the names of their tensors."""
+        return {f"blocks.{i}": cast(PathwaySum, block) for i, block in enumerate(self.blocks)}
 
     def pad(self, images: torch.Tensor) -> torch.Tensor:
         """Centre images (n, C, H, W) on the canvas, on which shifts are cyclic."""
@@ -79,7 +80,8 @@ def build_network(
         "paper" is the stack of the paper for images of up to 32×32 pixels; "auto" continues its
         pattern to the canvas of any image.
     width : int
-        α: the first block has α channels, the last 2^⌈(L−1)/2⌉ α.
+        α: the first of L blocks has α channels, the last 2^⌊L/2⌋ α (2^⌊L/4⌋ α for images of a
+        single row or column).
     scale : {"mean", "sqrt", "sum"}
         Factor of the sum of the pathways.
     dtype : torch.dtype
@@ -100,12 +102,9 @@ def build_network(
         _check_memory(_assemble(image_shape[0], n_outputs, pathways, canvas, strides, width, scale))
     network = _assemble(image_shape[0], n_outputs, pathways, canvas, strides, width, scale)
     for module in network.modules():
-        if type(module) in _STARTED:
+        if isinstance(module, Pathway):
             module.reset()
     return network.to(dtype)
-
-
-_STARTED = frozenset(PATHWAYS.values())
 
 
 def _assemble(
@@ -118,9 +117,11 @@ def _assemble(
     scale: str,
 ) -> SoftEquivariantNetwork:
     factor = SCALES[scale](len(pathways))
+    # A row of pixels loses half of them where an image loses three quarters: half the growth.
+    n_axes = sum(side > 1 for side in canvas)
     blocks, grid = [], canvas
     for i, stride in enumerate(strides):
-        out_channels = width * 2 ** ((i + 1) // 2)  # α (1, 2, 2, 4, 4, 8, 8, 16, …)
+        out_channels = width * 2 ** ((i + 1) * n_axes // 4)  # α (1, 2, 2, 4, 4, 8, 8, 16, …)
         paths = {name: PATHWAYS[name](channels, out_channels, grid, stride) for name in pathways}
         blocks.append(PathwaySum(paths, stride, factor))
         channels, grid = out_channels, (grid[0] // stride[0], grid[1] // stride[1])
@@ -148,13 +149,14 @@ def _auto(image_shape: tuple[int, int, int]) -> tuple[Grid, list[Grid]]:
     While the longer side is at least 8, a block at full resolution precedes each halving; then
     blocks halve down to 1×1. At 32×32 this is the paper's stack.
     """
-    grid = canvas = tuple(1 << (side - 1).bit_length() for side in image_shape[1:])
-    strides: list[Grid] = []
-    while max(grid) > 1:
-        if max(grid) >= 8:
+    _, height, width = image_shape
+    canvas = (1 << (height - 1).bit_length(), 1 << (width - 1).bit_length())
+    (height, width), strides = canvas, list[Grid]()
+    while max(height, width) > 1:
+        if max(height, width) >= 8:
             strides.append((1, 1))
-        strides.append(tuple(min(2, side) for side in grid))
-        grid = tuple(side // s for side, s in zip(grid, strides[-1], strict=True))
+        strides.append((min(2, height), min(2, width)))
+        height, width = height // strides[-1][0], width // strides[-1][1]
     return canvas, strides or [(1, 1)]
 
 

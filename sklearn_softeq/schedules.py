@@ -8,6 +8,7 @@ pathways of a network.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -86,14 +87,14 @@ class LearningRate:
     rate: float
     max_epochs: int
     warmup: int = 5
-    cooldown_from: int | None = None
+    cooldown_from: float = math.inf
     cooldown_epochs: int = 0
     warm_from: int = 0
 
     @property
     def cooling(self) -> bool:
         """Whether the cool-down has begun."""
-        return self.cooldown_from is not None
+        return self.cooldown_from < math.inf
 
     def rewarm(self, epoch: int) -> None:
         """Warm up again from this epoch on."""
@@ -112,7 +113,7 @@ class LearningRate:
 
     def finished(self, epoch: int) -> bool:
         """Whether the cool-down is over after this epoch."""
-        return self.cooling and epoch >= self.cooldown_from + self.cooldown_epochs
+        return epoch >= self.cooldown_from + self.cooldown_epochs
 
     def at(self, epoch: int) -> float:
         """The rate of an epoch, counted from 1."""
@@ -121,7 +122,7 @@ class LearningRate:
         rate = self.rate * min(1.0, (epoch - self.warm_from) / self.warmup)
         if self.schedule == "cosine":
             return rate * _cosine((epoch - 1) / self.max_epochs)
-        if self.cooldown_from is not None:
+        if self.cooling:
             rate *= _cosine((epoch - self.cooldown_from) / (self.cooldown_epochs + 1))
         return rate
 
@@ -136,9 +137,9 @@ Entry = tuple[str, PathwaySum, str, Pathway]
 def _pathways(network: SoftEquivariantNetwork) -> list[Entry]:
     """(tensor prefix, block, name, pathway) of every pathway of every block."""
     return [
-        (f"blocks.{i}.{name}", block, name, block.get_submodule(name))
-        for i, block in enumerate(network.blocks)
-        for name in block.enabled
+        (f"{layer}.{name}", block, name, pathway)
+        for layer, block in network.layers.items()
+        for name, pathway in block.pathways.items()
     ]
 
 
@@ -153,7 +154,7 @@ def _free_pathways(network: SoftEquivariantNetwork) -> list[Entry]:
 class JointStart:
     """All pathways at once, from random weights (the paper)."""
 
-    scale = "sqrt"
+    scale: ClassVar[str] = "sqrt"
 
     def begin(self, network: SoftEquivariantNetwork) -> None:
         """Nothing is held back."""
@@ -178,7 +179,7 @@ class SymmetricStart:
     zero and its computation is skipped.
     """
 
-    scale = "sum"
+    scale: ClassVar[str] = "sum"
     threshold: float = 1.0
     patience: int = 3
     low: dict[str, int] = field(default_factory=dict)
@@ -221,7 +222,9 @@ class SymmetricStart:
                     parameter.zero_()
 
 
-STARTS = {"joint": JointStart, "symmetric": SymmetricStart}
+Start = JointStart | SymmetricStart
+
+STARTS: dict[str, type[Start]] = {"joint": JointStart, "symmetric": SymmetricStart}
 
 
 @torch.no_grad()

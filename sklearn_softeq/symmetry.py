@@ -25,12 +25,12 @@ __all__ = [
 
 def layer_names(network: SoftEquivariantNetwork) -> list[str]:
     """Names of the blocks."""
-    return [f"blocks.{i}" for i in range(len(network.blocks))]
+    return list(network.layers)
 
 
 def pathway_names(network: SoftEquivariantNetwork) -> list[str]:
     """Names of the pathways, the same in every block."""
-    return list(network.blocks[0].enabled)
+    return list(next(iter(network.layers.values())).pathways)
 
 
 def sum_table(network: SoftEquivariantNetwork, values: Mapping[str, float]) -> np.ndarray:
@@ -50,12 +50,11 @@ def precision_table(network: SoftEquivariantNetwork, precisions: Mapping[str, fl
     the ratio of the two is a gauge.
     """
     table = np.full((len(network.blocks), len(pathway_names(network))), np.inf)
-    for i, block in enumerate(network.blocks):
-        for j, (name, enabled) in enumerate(block.enabled.items()):
-            factors = block.get_submodule(name).factor_names
-            if enabled:
-                logs = [np.log(precisions[f"blocks.{i}.{name}.{factor}"]) for factor in factors]
-                table[i, j] = np.exp(np.mean(logs))
+    for i, (layer, block) in enumerate(network.layers.items()):
+        for j, (name, pathway) in enumerate(block.pathways.items()):
+            if block.enabled[name]:
+                tensors = [f"{layer}.{name}.{factor}" for factor in pathway.factor_names]
+                table[i, j] = np.exp(np.mean([np.log(precisions[t]) for t in tensors]))
     return table
 
 
@@ -80,7 +79,7 @@ def output_shares(network: SoftEquivariantNetwork, batches: Iterable[Batch]) -> 
     energy = np.zeros((len(network.blocks), len(names)))
     for inputs, _, weights in batches:
         features = network.pad(inputs)
-        for i, block in enumerate(network.blocks):
+        for i, block in enumerate(network.layers.values()):
             outputs = block.outputs(features)
             for name, output in outputs.items():
                 squares = output.flatten(1).square().sum(1).double()
@@ -112,7 +111,7 @@ def equivariance_errors(
     norms = np.zeros(n_layers + 1)
     for images in batches:
         features = canvas = network.pad(images)
-        for i, block in enumerate(network.blocks):
+        for i, block in enumerate(network.layers.values()):
             outputs = block(features)
             norms[i] += outputs.double().square().sum().item()
             for g in group.elements((features.shape[2], features.shape[3])):

@@ -19,8 +19,8 @@ from skorch.callbacks import Callback
 from .curvature import Batch, kronecker_factors
 from .hyperparameters import LayerwisePrior, squared_norms
 from .kronecker import spectra
-from .marginal_likelihood import AdamSolver, FixedPointSolver, LaplaceEvidence
-from .schedules import JointStart, LearningRate, Plateau, SymmetricStart, fix_gauge
+from .marginal_likelihood import LaplaceEvidence, Solver
+from .schedules import LearningRate, Plateau, Start, fix_gauge
 
 __all__ = [
     "OPTIMIZERS",
@@ -179,7 +179,7 @@ class SoftEquivariantNet(NeuralNet):
                     pass
                 self.notify("on_train_end", X=X, y=y)
         finally:
-            self.data_ = self.decay_ = self.weight_sum_ = None
+            del self.data_, self.decay_, self.weight_sum_
         return self
 
     def fit_loop(self, X, y=None, epochs=None, **fit_params):
@@ -236,7 +236,7 @@ class SoftEquivariantNet(NeuralNet):
         """
         sgd = isinstance(self.optimizer_, torch.optim.SGD)
         precisions = self.prior_.precisions()
-        self.decay_ = []
+        self.decay_: list[tuple[torch.Tensor, float, bool]] = []
         for name, parameter in self.module_.named_parameters():
             decay = precisions[name] / self.data_.n_observations
             stiff = sgd and decay * self._long_run_rate() > 0.1
@@ -250,8 +250,8 @@ class SoftEquivariantNet(NeuralNet):
     def enabled_tensors(self) -> dict[str, torch.Tensor]:
         """The named parameters without those of pathways that are switched off."""
         off = tuple(
-            f"blocks.{i}.{name}."
-            for i, block in enumerate(self.module_.blocks)
+            f"{layer}.{name}."
+            for layer, block in self.module_.layers.items()
             for name, on in block.enabled.items()
             if not on
         )
@@ -320,7 +320,7 @@ class EvidenceStep(Callback):
 
     def __init__(
         self,
-        solver: FixedPointSolver | AdamSolver,
+        solver: Solver,
         steps: int,
         burn_in: int,
         every: int,
@@ -407,7 +407,7 @@ class Course(Callback):
     def __init__(
         self,
         evidence: EvidenceStep,
-        start: JointStart | SymmetricStart,
+        start: Start,
         rate: LearningRate,
         plateau: Plateau,
         keep_best: bool,
@@ -423,9 +423,9 @@ class Course(Callback):
         self.endless = endless
         self.converged = False
         self.capped = False
-        self.mean = None
+        self.mean: list[torch.Tensor] = []
         self.n_averaged = 0
-        self.best = None
+        self.best: tuple[float, tuple[dict, dict]] | None = None
 
     def on_train_begin(self, net, **kwargs):
         if self.release and not net.history:
@@ -472,7 +472,7 @@ class Course(Callback):
     def _average(self, net: SoftEquivariantNet) -> None:
         weights = [parameter.detach() for parameter in net.module_.parameters()]
         self.n_averaged += 1
-        if self.mean is None:
+        if not self.mean:
             self.mean = [weight.clone() for weight in weights]
         for mean, weight in zip(self.mean, weights, strict=True):
             mean.lerp_(weight, 1.0 / self.n_averaged)
@@ -480,7 +480,7 @@ class Course(Callback):
     @torch.no_grad()
     def on_train_end(self, net, **kwargs):
         """Take the mean weights of the cool-down, or the best state seen, and evaluate it."""
-        if self.mean is not None:
+        if self.mean:
             enabled = net.enabled_tensors()
             for (name, parameter), mean in zip(
                 net.module_.named_parameters(), self.mean, strict=True
@@ -494,7 +494,7 @@ class Course(Callback):
         if self.best is not None and self.best[0] > figure:
             _restore(net, self.best[1])
             net.laplace_ = self.evidence.evaluate(net)
-        self.mean = self.best = None
+        self.mean, self.best = [], None
 
 
 class ProgressLine(Callback):
@@ -508,7 +508,7 @@ class ProgressLine(Callback):
         if "log_marginal_likelihood" in last:
             evidence = last["log_marginal_likelihood"] / net.data_.n_observations
             line += f", log evidence {evidence:.4f}"
-        on = [on for block in net.module_.blocks for on in block.enabled.values()]
+        on = [on for block in net.module_.layers.values() for on in block.enabled.values()]
         print(f"{line} nats per observation, {sum(on)} of {len(on)} pathways on")
 
 

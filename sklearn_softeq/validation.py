@@ -4,7 +4,7 @@ Rows are flattened before scikit-learn sees them, so that its own checks and mes
 images too; the shape of the images is kept beside them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,8 +74,8 @@ def _flattened(X: Any) -> tuple[Any, ImageShape | None]:
         X = X.astype(np.float32)
     if X.ndim not in (3, 4):
         return X, None
-    sides = tuple(int(side) for side in X.shape[1:])
-    return X.reshape(len(X), int(np.prod(sides))), (*(1,) * (3 - len(sides)), *sides)
+    channels, height, width = (1, *X.shape[1:])[-3:]
+    return X.reshape(len(X), channels * height * width), (channels, height, width)
 
 
 def _list_of_images(rows: Sequence) -> Any:
@@ -141,7 +141,8 @@ def _three(shape: tuple[int, ...]) -> ImageShape:
             f"image_shape={shape!r} is not allowed: give (channels, height, width) or "
             "(height, width), positive integers, or None to infer it from X."
         )
-    return (1, *sides) if len(sides) == 2 else sides
+    channels, height, width = (1, *sides)[-3:]
+    return channels, height, width
 
 
 def check_same_shape(found: ImageShape | None, fitted: ImageShape) -> ImageShape:
@@ -223,7 +224,7 @@ def check_weights(
     return weights
 
 
-def check_names(names: Any, allowed: Sequence[str], parameter: str) -> tuple[str, ...]:
+def check_names(names: Any, allowed: Collection[str], parameter: str) -> tuple[str, ...]:
     """A name or a sequence of different names, each of them allowed.
 
     Raises

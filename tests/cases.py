@@ -13,10 +13,16 @@ from sklearn_softeq.networks import build_network
 
 
 def randomise(module: nn.Module) -> nn.Module:
-    """Draw every parameter, biases included, so that no term of a map is hidden by a zero."""
+    """Draw every parameter, biases included, so that no term of a map is hidden by a zero.
+
+    Biases are positive: a narrow stack whose ReLUs are all off would test nothing.
+    """
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return module
 
 

@@ -27,7 +27,8 @@ def test_weights_have_their_own_precision_and_biases_share_one(tensors):
     weights = {name for name in tensors if name.endswith("weight")}
     assert set(prior.groups) == weights | {"bias"}
     assert len(prior.groups) == len(weights) + 1
-    for name, place in zip(prior.names, prior.index.tolist(), strict=True):
+    assert tuple(prior.group_of()) == prior.names
+    for name, place in prior.group_of().items():
         assert prior.groups[place] == ("bias" if name not in weights else name)
 
 

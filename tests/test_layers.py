@@ -286,7 +286,13 @@ def test_what_is_off_travels_with_the_weights(tmp_path):
     other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
     assert other.enabled == layer.enabled
     assert torch.equal(other(inputs), layer(inputs))
-    other.enabled["conv"] = False  # the state was copied
-    assert layer.enabled["conv"]
-    layer.enabled["rank"] = True
-    assert not other.enabled["rank"]
+
+
+def test_the_state_is_a_copy():
+    layer, others = three_paths(), [three_paths(), three_paths()]
+    state = layer.state_dict()
+    layer.enabled["rank"] = False
+    for other in others:
+        other.load_state_dict(state)
+        assert all(other.enabled.values())
+        other.enabled["conv"] = False

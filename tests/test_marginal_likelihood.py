@@ -35,8 +35,7 @@ def laplace(network, likelihood, batch, prior):
     """The objective of a network as it stands."""
     factors, log_likelihood = kronecker_factors(network, likelihood, [batch])
     norms = squared_norms(dict(network.named_parameters()))
-    groups = dict(zip(prior.names, prior.index.tolist(), strict=True))
-    return LaplaceEvidence(log_likelihood, spectra(factors), norms, groups)
+    return LaplaceEvidence(log_likelihood, spectra(factors), norms, prior.group_of())
 
 
 def objective_of(case, n=30):
@@ -261,6 +260,14 @@ def test_adam_is_the_published_recursion_and_its_moments_last():
         expected = expected + 0.1 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
         at = solver.step(objective, at)
         torch.testing.assert_close(at, expected)
+
+
+def test_adam_steps_from_the_point_it_is_given():
+    objective, prior, _ = objective_of(BY_NAME["all"])
+    solver = AdamSolver(rate=0.1)
+    solver.step(objective, prior.log_precision)
+    elsewhere = prior.log_precision - 3.0
+    assert (solver.step(objective, elsewhere) - elsewhere).abs().max() < 0.2
 
 
 def small(left, right, square):

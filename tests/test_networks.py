@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 from cases import randomise
+from references import Trace
 
 from sklearn_softeq import networks
 from sklearn_softeq.layers import PATHWAYS
@@ -95,7 +96,8 @@ def test_every_image_gives_finite_outputs(image_shape, n_outputs):
     outputs = network(torch.randn(4, *image_shape))
     assert outputs.shape == (4, n_outputs)
     assert torch.isfinite(outputs).all()
-    # The grid ends at one pixel, halving only sides of more than one.
+    # There is a block; the grid ends at one pixel, halving only sides of more than one.
+    assert len(network.blocks) >= 1
     grid = network.canvas
     for block in network.blocks:
         assert all(s == 1 or side > 1 for side, s in zip(grid, block.stride, strict=True))
@@ -112,6 +114,15 @@ def test_every_choice_of_pathways(pathways):
     assert network(torch.randn(5, 2, 4, 3)).shape == (5, 3)
     for block in network.blocks:
         assert [name for name, _ in block.named_children()] == list(pathways)
+
+
+@pytest.mark.parametrize("image_shape", [(2, 4, 3), (1, 8, 8)], ids=str)
+def test_against_the_slow_stack(image_shape):
+    network = build_network(image_shape, 3, pathways=tuple(PATHWAYS), width=2)
+    network = randomise(network).double()
+    images = torch.randn(3, *image_shape, dtype=torch.float64)
+    expected = torch.stack([Trace().run(network, "", image) for image in images])
+    torch.testing.assert_close(network(images), expected, atol=1e-10, rtol=1e-10)
 
 
 def test_images_are_centred_on_zeros():
