@@ -10,10 +10,13 @@ version = release = __version__
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "myst_parser",
     "numpydoc",
 ]
 exclude_patterns = ["_build"]
-source_suffix = {".rst": "restructuredtext"}
+templates_path = ["_templates"]
+source_suffix = {".rst": "restructuredtext", ".md": "markdown"}
+myst_heading_anchors = 3
 
 html_theme = "alabaster"
 html_theme_options = {

@@ -141,9 +141,14 @@ EXACT = [
     NetworkCase(
         "one-row-sum-categorical",
         lambda: chain(
-            _sum((2, 2), fc=FC(1, 3, (2, 2), (2, 2)), conv=Conv(1, 3, (2, 2), (2, 2))),
+            _sum(
+                (2, 2),
+                conv=Conv(1, 3, (2, 2), (2, 2)),
+                fc=FC(1, 3, (2, 2), (2, 2)),
+                factored_fc=FactoredFC(1, 3, (2, 2), (2, 2)),
+            ),
             nn.ReLU(),
-            FactoredFC(3, 4, (1, 1)),
+            FC(3, 4, (1, 1)),
         ),
         Categorical(),
         (1, 2, 2),
@@ -155,10 +160,16 @@ ALL_PATHWAYS = ("conv", "factored_fc", "fc")
 APPROXIMATE = [
     NetworkCase("conv", _stack((2, 4, 4), 3, "conv", width=2), Categorical(), (2, 4, 4)),
     NetworkCase("fc", _stack((1, 2, 4), 3, "fc", width=3), Categorical(), (1, 2, 4)),
-    NetworkCase("factored-fc", _stack((2, 4, 4), 3, "factored_fc"), Categorical(), (2, 4, 4)),
-    NetworkCase("all", _stack((2, 2, 4), 3, *ALL_PATHWAYS), Categorical(), (2, 2, 4)),
-    NetworkCase("all-padded", _stack((1, 3, 3), 2, *ALL_PATHWAYS), Categorical(), (1, 3, 3)),
-    NetworkCase("all-gaussian", _stack((1, 4, 2), 2, *ALL_PATHWAYS), Gaussian(0.6), (1, 4, 2)),
+    NetworkCase(
+        "factored-fc", _stack((2, 4, 4), 3, "factored_fc", width=2), Categorical(), (2, 4, 4)
+    ),
+    NetworkCase("all", _stack((3, 2, 4), 3, *ALL_PATHWAYS, width=2), Categorical(), (3, 2, 4)),
+    NetworkCase(
+        "all-padded", _stack((1, 3, 3), 2, *ALL_PATHWAYS, width=2), Categorical(), (1, 3, 3)
+    ),
+    NetworkCase(
+        "all-gaussian", _stack((1, 4, 2), 2, *ALL_PATHWAYS, width=2), Gaussian(0.6), (1, 4, 2)
+    ),
     NetworkCase(
         "full-resolution", _stack((1, 8, 8), 2, "conv", width=2), Categorical(), (1, 8, 8), n=2
     ),

@@ -3,6 +3,9 @@
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault(
+    "SCIPY_ARRAY_API", "1"
+)  # before scipy is imported: no common check is skipped
 
 import numpy as np
 import pytest

@@ -82,6 +82,32 @@ def test_free_rotation_agrees_with_quarter_turns(turns):
     assert_allclose(rotated, np.rot90(images, turns, axes=(-2, -1)), rtol=1e-6)
 
 
+def rotated_slowly(image, degrees):
+    """Bilinear interpolation at the place each pixel comes from, one pixel after the other."""
+    height, width = image.shape
+    cosine, sine = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    result = np.zeros(image.shape)
+    for i, j in np.ndindex(height, width):
+        x, y = j - (width - 1) / 2, (height - 1) / 2 - i  # y upwards
+        column = cosine * x + sine * y + (width - 1) / 2
+        row = (height - 1) / 2 - (cosine * y - sine * x)
+        for k, l in np.ndindex(height, width):
+            weight = max(0.0, 1 - abs(row - k)) * max(0.0, 1 - abs(column - l))
+            result[i, j] += weight * image[k, l]
+    return result
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 5), (4, 6), (1, 7)])
+def test_free_rotation_agrees_with_a_slow_loop(height, width, monkeypatch):
+    monkeypatch.setattr(datasets, "_ROTATED_AT_ONCE", 3)
+    angles = np.array([0.0, 17.0, 45.0, 90.0, 133.3, 271.0, 359.0])
+    images = positive_images(n=len(angles), channels=2, height=height, width=width, dtype=float)
+    rotated = datasets._rotate(images, angles)
+    for found, image, angle in zip(rotated, images, angles, strict=True):
+        expected = [rotated_slowly(channel, angle) for channel in image]
+        assert_allclose(found, expected, atol=1e-10)
+
+
 def test_free_rotation_keeps_the_middle_of_a_disc():
     offset = np.arange(17) - 8
     disc = np.maximum(0, 6 - np.hypot(offset[:, None], offset))[None].repeat(20, axis=0)

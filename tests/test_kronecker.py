@@ -60,8 +60,8 @@ def test_effective_dimensions_lie_between_none_and_all(shape):
     gammas = torch.stack([found.effective_dimensions(p) for p in precisions])
     assert (gammas.diff() < 0).all()
     n_weights = shape[0] * shape[1] * shape[2]
-    assert 0 <= gammas[-1] < 1e-8
-    assert n_weights * (1 - 1e-6) < gammas[0] <= n_weights
+    assert 0 <= gammas[-1] < 1e-6
+    assert n_weights * (1 - 1e-3) < gammas[0] <= n_weights
 
 
 def test_gradient_of_the_log_determinant_is_minus_gamma():

@@ -1,0 +1,193 @@
+"""How well does the classifier do on digits, and what does its evidence say?
+
+Part a: five-fold cross-validation on the 8×8 digits, beside classifiers of scikit-learn in the
+same run. Part b: the tasks "digit" and "quadrant" with the equivariant pathway alone, the free one
+alone, and their sum. Every result is written as soon as it is there; a further run leaves out
+those that are present.
+
+    python benchmarks/digits.py [--part a|b] [--max-epochs N] [--output PATH]
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import sklearn
+import torch
+from sklearn.datasets import load_digits
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import log_loss
+from sklearn.model_selection import StratifiedKFold
+from sklearn.neural_network import MLPClassifier
+from sklearn.svm import SVC
+
+import sklearn_softeq
+from sklearn_softeq import SoftEquivariantClassifier
+from sklearn_softeq.datasets import load_digit_tasks
+
+OUTPUT = Path(__file__).with_suffix(".json")
+N_FOLDS = 5
+N_TRAIN = 1200
+PATHWAYS = (("conv",), ("factored_fc",), ("conv", "factored_fc"))
+
+
+class Results:
+    """Results by key in a JSON file, with the versions and the cores that they were made with."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.by_key = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def get(self, key, compute):
+        """The result of this key, computed only if it is not there."""
+        if key not in self.by_key:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # recorded as epochs
+                self.by_key[key] = {**compute(), "environment": environment()}
+            self.path.write_text(json.dumps(self.by_key, indent=1) + "\n")
+        return self.by_key[key]
+
+
+def environment():
+    """What a time and, to the last digit, a score depend on."""
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "scikit-learn": sklearn.__version__,
+        "torch": torch.__version__,
+        "sklearn_softeq": sklearn_softeq.__version__,
+    }
+
+
+def ours(max_epochs, **parameters):
+    """The classifier with default parameters but for these."""
+    if max_epochs is not None:
+        parameters["max_epochs"] = max_epochs
+    return SoftEquivariantClassifier(random_state=0, **parameters)
+
+
+def timed_fit(clf, X, y):
+    """Seconds of one fit."""
+    start = time.perf_counter()
+    clf.fit(X, y)
+    return time.perf_counter() - start
+
+
+def part_a(results, max_epochs):
+    """Cross-validation on the digits."""
+    X, y = load_digits(return_X_y=True)
+    rivals = {
+        "SoftEquivariantClassifier": lambda: ours(max_epochs),
+        "SVC": SVC,
+        "MLPClassifier": lambda: MLPClassifier(random_state=0, max_iter=500),
+        "RandomForestClassifier": lambda: RandomForestClassifier(random_state=0),
+    }
+    folds = list(StratifiedKFold(N_FOLDS, shuffle=True, random_state=0).split(X, y))
+    rows = []
+    for name, make in rivals.items():
+        cap = _cap(max_epochs) if name == "SoftEquivariantClassifier" else ""
+        found = []
+        for k, (train, test) in enumerate(folds):
+
+            def compute(make=make, train=train, test=test):
+                clf = make()
+                seconds = timed_fit(clf, X[train], y[train])
+                return {"accuracy": clf.score(X[test], y[test]), "seconds": seconds}
+
+            found.append(results.get(result_key("a", name, f"fold {k}", cap), compute))
+        accuracy = [result["accuracy"] for result in found]
+        seconds = np.mean([result["seconds"] for result in found])
+        rows.append(
+            (name, f"{np.mean(accuracy):.4f}", f"{np.std(accuracy, ddof=1):.4f}", f"{seconds:.1f}")
+        )
+        print(f"  {name}: done", flush=True)
+    print_table(("classifier", "accuracy", "deviation over folds", "seconds per fit"), rows)
+
+
+def part_b(results, max_epochs):
+    """Tasks with and without the symmetry, pathways alone and summed."""
+    rows = []
+    for task in ("digit", "quadrant"):
+        data = load_digit_tasks(task=task, n_train=N_TRAIN)
+        for pathways in PATHWAYS:
+
+            def compute(data=data, pathways=pathways):
+                return task_result(ours(max_epochs, pathways=pathways), data)
+
+            name = "+".join(pathways)
+            result = results.get(result_key("b", task, name, _cap(max_epochs)), compute)
+            rows.append(
+                (
+                    task,
+                    name,
+                    f"{result['accuracy']:.3f}",
+                    f"{result['nll']:.3f}",
+                    f"{result['log_evidence_per_image']:.3f}",
+                    f"{result['free_effective_dimensions']:.1f}",
+                    str(result["epochs"]),
+                    f"{result['seconds']:.1f}",
+                )
+            )
+            print(f"  {task}, {name}: done", flush=True)
+    head = ("task", "pathways", "accuracy", "NLL", "log evidence per image", "γ of free pathways")
+    print_table((*head, "epochs", "seconds per fit"), rows)
+
+
+def task_result(clf, data):
+    """Scores and learned symmetry of one fit."""
+    seconds = timed_fit(clf, data.X_train, data.y_train)
+    free = [j for j, name in enumerate(clf.pathway_names_) if name != "conv"]
+    probabilities = clf.predict_proba(data.X_test)
+    return {
+        "accuracy": clf.score(data.X_test, data.y_test),
+        "nll": log_loss(data.y_test, probabilities, labels=clf.classes_),
+        "log_evidence_per_image": clf.log_marginal_likelihood_value_ / clf.n_observations_,
+        "free_effective_dimensions": float(clf.effective_dimensions_[:, free].sum()),
+        "effective_dimensions": clf.effective_dimensions_.tolist(),
+        "n_weights": clf.n_weights_.tolist(),
+        "epochs": clf.n_iter_,
+        "seconds": seconds,
+    }
+
+
+def result_key(part, *names):
+    """What a result is kept under; a cap of the epochs makes it another result."""
+    return ", ".join([part, *(name for name in names if name)])
+
+
+def _cap(max_epochs):
+    return "" if max_epochs is None else f"max_epochs={max_epochs}"
+
+
+def print_table(head, rows):
+    """A table in Markdown."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+
+    def line(cells):
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    print("\n" + "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)]) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--part", choices=("a", "b"), help="one part only (both)")
+    parser.add_argument("--max-epochs", type=int, help="cap of the epochs of our fits")
+    parser.add_argument("--output", default=OUTPUT, help="where results go (beside this file)")
+    options = parser.parse_args()
+    kept = Results(options.output)
+    if options.part != "b":
+        part_a(kept, options.max_epochs)
+    if options.part != "a":
+        part_b(kept, options.max_epochs)

@@ -1,0 +1,579 @@
+"""The classifier as its users meet it."""
+
+import pickle
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+from sklearn import config_context
+from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.datasets import load_digits
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.inspection import permutation_importance
+from sklearn.metrics import log_loss
+from sklearn.model_selection import (
+    GridSearchCV,
+    StratifiedKFold,
+    cross_val_score,
+    cross_validate,
+)
+from sklearn.multiclass import OneVsOneClassifier
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import check_random_state
+from skorch.callbacks import Callback
+
+from sklearn_softeq import SoftEquivariantClassifier, networks
+from sklearn_softeq.datasets import load_digit_tasks
+
+FAST = {"max_epochs": 60, "width": 4, "lr": 0.02, "random_state": 0}
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::sklearn.exceptions.ConvergenceWarning"
+)  # short fits end at their cap
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """150 images of three digits, 4×4 pixels, float32 in 0…1."""
+    images, labels = load_digits(n_class=3, return_X_y=True)
+    images = images.reshape(-1, 4, 2, 4, 2).mean((2, 4)) / 16
+    return images[:150].astype(np.float32), labels[:150]
+
+
+@pytest.fixture(scope="module")
+def fitted(digits):
+    return SoftEquivariantClassifier(**FAST).fit(*digits)
+
+
+# what a fit reveals
+
+
+def test_fitted_attributes(fitted, digits):
+    images, labels = digits
+    n_layers, n_pathways = 2, 2
+    assert fitted.layer_names_ == ["blocks.0", "blocks.1"]
+    assert fitted.pathway_names_ == ["conv", "factored_fc"]
+    assert fitted.image_shape_ == (1, 4, 4)
+    assert fitted.n_features_in_ == 16
+    assert fitted.n_observations_ == 150
+    assert fitted.loss_curve_.shape == (fitted.n_iter_,)
+    for name in (
+        "prior_precision_",
+        "effective_dimensions_",
+        "n_weights_",
+        "symmetry_",
+        "symmetry_per_weight_",
+        "output_share_",
+    ):
+        assert getattr(fitted, name).shape == (n_layers, n_pathways), name
+    for share in (fitted.symmetry_, fitted.symmetry_per_weight_, fitted.output_share_):
+        np.testing.assert_allclose(share.sum(1), 1.0)
+    assert np.all(fitted.effective_dimensions_ <= fitted.n_weights_)
+    tensors = dict(fitted.module_.named_parameters())
+    assert set(fitted.prior_precisions_by_name_) == set(tensors)
+    head = sum(t.numel() for name, t in tensors.items() if name.startswith("head"))
+    assert fitted.n_weights_.sum() + head == sum(t.numel() for t in tensors.values())
+    assert fitted.score(images, labels) > 0.9
+
+
+def test_history_holds_the_evidence_and_its_terms(fitted):
+    history = fitted.history_
+    np.testing.assert_array_equal(history["epoch"], np.arange(20, 61, 4))
+    np.testing.assert_allclose(
+        history["log_marginal_likelihood"],
+        history["log_likelihood"] - 0.5 * history["scatter"] - 0.5 * history["log_det_ratio"],
+    )
+    np.testing.assert_array_equal(fitted.scores_, history["log_marginal_likelihood"])
+    assert fitted.log_marginal_likelihood_value_ > fitted.scores_[0]
+    assert fitted.log_marginal_likelihood_value_ < 0
+
+
+def test_learned_precisions_are_stationary(digits):
+    """δ‖w‖² = γ for each tensor that is in use, as at a maximum of the evidence."""
+    clf = SoftEquivariantClassifier(
+        pathways="fc", width=2, hyper_lr=1.0, lr=0.003, tol=1e-4, random_state=0
+    ).fit(*(part[:60] for part in digits))
+    weights = dict(clf.module_.named_parameters())
+    scatter = sum(
+        clf.prior_precisions_by_name_[name] * weights[name].square().sum().item()
+        for name in weights
+        if name.startswith("blocks.0.fc")
+    )
+    assert scatter == pytest.approx(clf.effective_dimensions_[0, 0], rel=0.1)
+
+
+def test_same_seed_same_fit_and_global_generators_untouched(digits):
+    numpy_state, torch_state = check_random_state(None).get_state()[1].copy(), torch.get_rng_state()
+    first, second = (SoftEquivariantClassifier(**FAST).fit(*digits) for _ in range(2))
+    np.testing.assert_array_equal(check_random_state(None).get_state()[1], numpy_state)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    np.testing.assert_array_equal(first.predict_proba(digits[0]), second.predict_proba(digits[0]))
+    assert first.log_marginal_likelihood_value_ == second.log_marginal_likelihood_value_
+
+
+def test_fixed_prior(digits):
+    clf = SoftEquivariantClassifier(**FAST, learn_prior=False, prior_precision=3.0).fit(*digits)
+    np.testing.assert_allclose(list(clf.prior_precisions_by_name_.values()), 3.0)
+    assert clf.scores_.shape == (1,)
+    assert clf.history_["epoch"].size == 0
+    assert np.isfinite(clf.log_marginal_likelihood_value_)
+
+
+def test_output_is_silent_unless_asked(digits, capsys):
+    SoftEquivariantClassifier(**FAST).fit(*digits)
+    assert capsys.readouterr().out == ""
+    SoftEquivariantClassifier(**FAST, verbose=1).fit(*digits)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"epoch {e}" for e in range(20, 61, 4)]
+    assert "log evidence" in lines[0]
+
+
+def test_warning_at_the_cap_and_none_when_converged(digits):
+    with pytest.warns(ConvergenceWarning, match="max_epochs=8"):
+        SoftEquivariantClassifier(width=2, max_epochs=8, tol=0, random_state=0).fit(*digits)
+    clf = SoftEquivariantClassifier(width=2, max_epochs=400, tol=5.0, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clf.fit(*digits)
+    assert clf.n_iter_ < 100
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"start": "joint"},
+        {"hyper_solver": "adam", "hyper_steps": 20},
+        {"optimizer": "sgd", "lr": 0.1},
+        {"lr_schedule": "cosine"},
+        {"lr_schedule": "constant"},
+        {"curvature": "exact"},
+        {"curvature": "rademacher"},
+        {"curvature": "rademacher", "curvature_samples": 5},
+        {"keep_best": False},
+        {"standardize": False},
+        {"dtype": "float64"},
+        {"device": "cpu", "batch_size": 32},
+        {"pathways": ["fc"]},
+        {"pathways": ("conv", "fc", "factored_fc")},
+        {"burn_in": 0, "evidence_every": 1},
+    ],
+    ids=str,
+)
+def test_options(digits, options):
+    clf = SoftEquivariantClassifier(**{**FAST, **options}).fit(*digits)
+    assert clf.score(*digits) > 0.8
+    assert np.isfinite(clf.log_marginal_likelihood_value_)
+    assert np.isfinite(clf.effective_dimensions_).all()
+
+
+def test_architecture_of_the_paper(digits):
+    images, labels = digits
+    clf = SoftEquivariantClassifier(
+        architecture="paper", width=2, max_epochs=4, batch_size=32, random_state=0
+    ).fit(images[:20], labels[:20])
+    assert clf.symmetry_.shape == (8, 2)
+    assert clf.module_.canvas == (32, 32)
+
+
+# prediction
+
+
+def test_predictions_agree_with_each_other(fitted, digits):
+    images = digits[0]
+    proba = fitted.predict_proba(images)
+    np.testing.assert_allclose(proba.sum(1), 1.0)
+    np.testing.assert_allclose(np.exp(fitted.predict_log_proba(images)), proba)
+    np.testing.assert_array_equal(fitted.predict(images), fitted.classes_[proba.argmax(1)])
+    np.testing.assert_allclose(
+        fitted.decision_function(images), np.log(proba) - np.log1p(-proba), rtol=1e-6
+    )
+
+
+def test_binary_decision_is_one_column(digits):
+    images, labels = digits
+    clf = SoftEquivariantClassifier(**FAST).fit(images, labels == 0)
+    decision = clf.decision_function(images)
+    assert decision.shape == (150,)
+    proba = clf.predict_proba(images)
+    np.testing.assert_allclose(decision, np.log(proba[:, 1]) - np.log(proba[:, 0]), rtol=1e-6)
+
+
+def test_a_row_is_predicted_alike_in_any_company(fitted, digits):
+    images = digits[0]
+    together = fitted.predict_proba(images)
+    order = np.random.RandomState(0).permutation(len(images))
+    np.testing.assert_array_equal(fitted.predict_proba(images[order]), together[order])
+    np.testing.assert_array_equal(fitted.predict_proba(images[77:78]), together[77:78])
+
+
+def test_pickle_and_clone(fitted, digits):
+    again = pickle.loads(pickle.dumps(fitted))
+    np.testing.assert_array_equal(again.predict_proba(digits[0]), fitted.predict_proba(digits[0]))
+    with pytest.raises(NotFittedError):
+        clone(fitted).predict(digits[0])
+
+
+def test_equivariance_error(digits):
+    images, labels = digits
+    strict = SoftEquivariantClassifier(**FAST, pathways="conv", dtype="float64").fit(images, labels)
+    error = strict.equivariance_error(images)
+    assert error.layers.shape == (2,)
+    assert error.layers.max() < 1e-10
+    assert error.logits < 1e-10
+    free = SoftEquivariantClassifier(**FAST, pathways="factored_fc").fit(images, labels)
+    assert free.equivariance_error(images).logits > 0.1
+    with pytest.raises(ValueError, match=r"group='scaling' is not allowed.*translation"):
+        strict.equivariance_error(images, group="scaling")
+
+
+# data
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda images: images[:, None],
+        lambda images: images.reshape(len(images), -1),
+        lambda images: pd.DataFrame(images.reshape(len(images), -1)),
+        lambda images: torch.from_numpy(images),
+        lambda images: torch.from_numpy(images)[:, None],
+        lambda images: np.asfortranarray(images),
+    ],
+    ids=["4-D", "rows", "DataFrame", "tensor", "4-D tensor", "Fortran"],
+)
+def test_containers_of_the_same_images(fitted, digits, convert):
+    images, labels = digits
+    clf = SoftEquivariantClassifier(**FAST).fit(convert(images), labels)
+    assert clf.image_shape_ == (1, 4, 4)
+    np.testing.assert_array_equal(clf.predict_proba(convert(images)), fitted.predict_proba(images))
+
+
+def test_bytes_lists_and_names(digits):
+    images, labels = digits
+    small = (255 * images).astype(np.uint8)
+    clf = SoftEquivariantClassifier(**FAST).fit(small, labels)
+    assert next(clf.module_.parameters()).dtype == torch.float32
+    as_list = SoftEquivariantClassifier(**FAST, dtype="float32").fit(
+        small.tolist(), labels.tolist()
+    )
+    np.testing.assert_array_equal(as_list.predict(small), clf.predict(small))
+    frame = pd.DataFrame(small.reshape(150, -1), columns=[f"p{i}" for i in range(16)])
+    named = SoftEquivariantClassifier(**FAST).fit(frame, labels)
+    assert named.feature_names_in_[3] == "p3"
+
+
+def test_colour_images_and_rows_of_them(digits):
+    images, labels = digits
+    colour = np.stack([images, images**2, 1 - images], 1)
+    clf = SoftEquivariantClassifier(**FAST).fit(colour, labels)
+    assert clf.image_shape_ == (3, 4, 4)
+    np.testing.assert_allclose(clf.channel_mean_, colour.mean((0, 2, 3)), rtol=1e-5)
+    rows = colour.reshape(150, -1)
+    np.testing.assert_array_equal(clf.predict(rows), clf.predict(colour))
+    assert SoftEquivariantClassifier(**FAST).fit(rows, labels).image_shape_ == (3, 4, 4)
+    shaped = SoftEquivariantClassifier(**FAST, image_shape=(6, 8)).fit(rows, labels)
+    assert shaped.image_shape_ == (1, 6, 8)
+
+
+def test_string_labels(fitted, digits):
+    images, labels = digits
+    names = np.array(["zero", "one", "two"])
+    clf = SoftEquivariantClassifier(**FAST).fit(images, names[labels])
+    assert list(clf.classes_) == ["one", "two", "zero"]
+    assert clf.score(images, names[labels]) > 0.9
+
+
+# weights
+
+
+def test_weights_are_repetitions(digits):
+    images, labels = (part[:50] for part in digits)
+    weights = np.random.RandomState(0).randint(0, 4, 50)
+    options = {**FAST, "dtype": "float64", "batch_size": 256}
+    weighted = SoftEquivariantClassifier(**options).fit(images, labels, weights)
+    repeated = SoftEquivariantClassifier(**options).fit(
+        images.repeat(weights, axis=0), labels.repeat(weights)
+    )
+    assert weighted.n_observations_ == weights.sum()
+    np.testing.assert_allclose(
+        weighted.predict_proba(images), repeated.predict_proba(images), rtol=1e-7
+    )
+    assert weighted.log_marginal_likelihood_value_ == pytest.approx(
+        repeated.log_marginal_likelihood_value_, rel=1e-7
+    )
+
+
+def test_balanced_class_weight_is_a_sample_weight(digits):
+    images, labels = digits
+    keep = (labels > 0) | (np.arange(150) < 30)
+    images, labels = images[keep], labels[keep]
+    counts = np.bincount(labels)
+    weights = (len(labels) / (3 * counts))[labels]
+    balanced = SoftEquivariantClassifier(**FAST, class_weight="balanced").fit(images, labels)
+    weighted = SoftEquivariantClassifier(**FAST).fit(images, labels, sample_weight=weights)
+    np.testing.assert_allclose(
+        balanced.predict_proba(images), weighted.predict_proba(images), rtol=1e-4
+    )
+
+
+# further training
+
+
+def test_partial_fit(digits):
+    images, labels = digits
+    clf = SoftEquivariantClassifier(width=4, lr=0.02, burn_in=30, random_state=0)
+    with pytest.raises(ValueError, match="classes must be passed on the first call"):
+        clf.partial_fit(images, labels)
+    for _ in range(40):
+        for chunk in (slice(0, 75), slice(75, 150)):
+            clf.partial_fit(images[chunk], labels[chunk], classes=[0, 1, 2])
+    assert clf.n_iter_ == 80
+    assert clf.n_observations_ == 80 * 75
+    np.testing.assert_array_equal(clf.history_["epoch"], np.arange(30, 81, 4))
+    assert clf.score(images, labels) > 0.9
+    before = clf.predict_proba(images)
+    with pytest.raises(ValueError, match="not among the classes"):
+        clf.partial_fit(images, labels + 1)
+    with pytest.raises(ValueError, match="not the same as on the last call"):
+        clf.partial_fit(images, labels, classes=[0, 1, 2, 3])
+    with pytest.raises(ValueError, match="features"):
+        clf.partial_fit(images[:, :3, :3], labels)
+    np.testing.assert_array_equal(clf.predict_proba(images), before)
+
+
+def test_partial_fit_goes_on_from_fit(fitted, digits):
+    clf = pickle.loads(pickle.dumps(fitted))
+    clf.partial_fit(*digits)
+    assert clf.n_observations_ == 300
+    assert clf.score(*digits) > 0.9
+
+
+def test_warm_start(digits):
+    images, labels = digits
+    clf = SoftEquivariantClassifier(**FAST, warm_start=True).fit(images, labels)
+    first_loss = clf.loss_curve_
+    clf.fit(images, labels)
+    assert clf.loss_curve_[0] < 0.5 * first_loss[0]
+    clf.set_params(width=3)
+    with pytest.raises(ValueError, match="warm_start=False"):
+        clf.fit(images, labels)
+
+
+def test_callbacks_are_copied_and_may_stop(digits):
+    class Stopper(Callback):
+        calls = 0
+
+        def on_epoch_end(self, net, **kwargs):
+            self.calls += 1
+            if self.calls == 3:
+                raise KeyboardInterrupt
+
+    stopper = Stopper()
+    clf = SoftEquivariantClassifier(**FAST, callbacks=[stopper]).fit(*digits)
+    assert clf.n_iter_ == 3
+    assert stopper.calls == 0
+
+
+# at home in scikit-learn
+
+
+def test_grid_search_in_a_pipeline(digits):
+    images, labels = digits
+    rows = images.reshape(150, -1)
+    short = SoftEquivariantClassifier(**{**FAST, "max_epochs": 30})
+    pipe = make_pipeline(StandardScaler(with_std=False), short)
+    name = "softequivariantclassifier"
+    search = GridSearchCV(
+        pipe, {f"{name}__pathways": [("conv",), ("conv", "factored_fc")]}, cv=2, n_jobs=2
+    )
+    search.fit(rows, labels)
+    assert search.best_score_ > 0.6
+    assert f"{name}__pathways" in search.best_params_
+
+
+def test_cross_validation_beside_others(digits):
+    images, labels = digits
+    rows = images.reshape(150, -1)
+    ours = cross_val_score(SoftEquivariantClassifier(**FAST), images[:, None], labels, cv=3)
+    for rival in (MLPClassifier(max_iter=300, random_state=0), RandomForestClassifier()):
+        theirs = cross_val_score(rival, rows, labels, cv=3)
+        assert ours.mean() > theirs.mean() - 0.15
+
+
+def test_routed_sample_weight(digits):
+    images, labels = digits
+    weights = np.linspace(0, 2, 150)
+    with config_context(enable_metadata_routing=True):
+        clf = SoftEquivariantClassifier(**FAST)
+        clf.set_fit_request(sample_weight=True).set_score_request(sample_weight=False)
+        result = cross_validate(
+            make_pipeline(clf),
+            images.reshape(150, -1),
+            labels,
+            cv=2,
+            params={"sample_weight": weights},
+            return_estimator=True,
+        )
+    seen = sum(fit[-1].n_observations_ for fit in result["estimator"])
+    assert seen == pytest.approx(weights.sum(), rel=1e-6)
+
+
+def test_inside_other_estimators(digits):
+    images, labels = digits
+    rows = images.reshape(150, -1)
+    calibrated = CalibratedClassifierCV(SoftEquivariantClassifier(**FAST), cv=2)
+    assert calibrated.fit(images[:, None], labels).predict(images[:, None]).shape == (150,)
+    pairs = OneVsOneClassifier(SoftEquivariantClassifier(**FAST, image_shape=(4, 4)))
+    assert pairs.fit(rows, labels).score(rows, labels) > 0.8
+
+
+def test_permutation_importance(fitted, digits):
+    images, labels = digits
+    result = permutation_importance(
+        fitted, images.reshape(150, -1), labels, n_repeats=1, random_state=0
+    )
+    assert result.importances_mean.shape == (16,)
+
+
+# what cannot work says so
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pathways": ("conv", "dense")}, r"pathways=.*unknown: \['dense'\]"),
+        ({"pathways": ()}, "one or more different names"),
+        ({"pathways": ("conv", "conv")}, "one or more different names"),
+        ({"hyper_solver": "newton"}, "'hyper_solver' parameter .* must be a str among"),
+        ({"architecture": "resnet50"}, "'architecture' parameter .* must be a str among"),
+        ({"prior_precision": 0}, "'prior_precision' parameter .* must be a float in the range"),
+        ({"lr": -1.0}, "'lr' parameter .* must be a float in the range"),
+        ({"width": 2.5}, "'width' parameter .* must be an int in the range"),
+        ({"image_shape": (5, 5)}, "has 25 values, but X has 16 features"),
+        ({"image_shape": (0, 16)}, "positive integers"),
+        ({"device": "abacus"}, "device='abacus' cannot be used"),
+    ],
+    ids=str,
+)
+def test_bad_parameters(digits, options, message):
+    images, labels = digits
+    clf = SoftEquivariantClassifier(**options)
+    with pytest.raises(ValueError, match=message):
+        clf.fit(images.reshape(150, -1), labels)
+    with pytest.raises(NotFittedError):
+        clf.predict(images)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda X, y: (np.where(X > 0.99, np.nan, X), y), ValueError, "contains NaN"),
+        (lambda X, y: (np.where(X > 0.9, np.inf, X), y), ValueError, "infinity"),
+        (lambda X, y: (X + 1j, y), ValueError, "Complex data not supported"),
+        (lambda X, y: (sparse.csr_matrix(X), y), TypeError, "Sparse data was passed"),
+        (lambda X, y: (X.astype(object) + "a", y), (ValueError, TypeError), ""),
+        (lambda X, y: (X[:0], y[:0]), ValueError, "0 sample"),
+        (lambda X, y: (X[:, :0], y), ValueError, "0 feature"),
+        (lambda X, y: (X[0], y), ValueError, "Reshape your data"),
+        (lambda X, y: (X, y + 0.5), ValueError, "Unknown label type"),
+        (lambda X, y: (X, y[:-1]), ValueError, "inconsistent numbers of samples"),
+        (lambda X, y: (X, None), ValueError, "requires y to be passed"),
+    ],
+    ids=["nan", "inf", "complex", "sparse", "object", "no row", "no column", "1-D", "real y",
+         "short y", "no y"],
+)  # fmt: skip
+def test_bad_data(digits, change, error, message):
+    images, labels = digits
+    data = images.reshape(150, -1)
+    data = data.astype(str) if message == "" else data
+    with pytest.raises(error, match=message):
+        SoftEquivariantClassifier(**FAST).fit(*change(data, labels))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [(-np.ones(150), "Negative values"), (np.zeros(150), "zero"), (np.ones(149), "sample_weight")],
+    ids=["negative", "zero", "short"],
+)
+def test_bad_weights(digits, weights, message):
+    with pytest.raises(ValueError, match=message):
+        SoftEquivariantClassifier(**FAST).fit(*digits, sample_weight=weights)
+
+
+def test_images_of_another_shape(fitted):
+    with pytest.raises(ValueError, match="X has 25 features, but SoftEquivariantClassifier is"):
+        fitted.predict(np.zeros((2, 5, 5)))
+    with pytest.raises(ValueError, match=r"shape \(1, 2, 8\).*fitted on images of shape \(1, 4, 4"):
+        fitted.predict(np.zeros((2, 2, 8)))
+
+
+def test_dense_layers_that_do_not_fit_are_refused_before_they_are_made(digits, monkeypatch):
+    monkeypatch.setattr(networks, "_memory", lambda: 10_000)
+    with pytest.raises(ValueError, match=r"weights.*bytes.*'factored_fc' in place of 'fc'"):
+        SoftEquivariantClassifier(pathways="fc").fit(*digits)
+
+
+def test_one_class_and_one_sample(digits):
+    images, labels = digits
+    clf = SoftEquivariantClassifier(**FAST).fit(images[:5], np.full(5, "only"))
+    assert set(clf.predict(images)) == {"only"}
+    np.testing.assert_array_equal(clf.predict_proba(images), np.ones((150, 1)))
+    single = SoftEquivariantClassifier(**FAST).fit(images[:1], labels[:1])
+    assert single.predict(images[:2]).tolist() == [labels[0]] * 2
+    pair = SoftEquivariantClassifier(**FAST).fit(images[:2], [0, 1])
+    assert np.isfinite(pair.log_marginal_likelihood_value_)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (1, 7), (3, 5)], ids=str)
+def test_odd_images(shape):
+    rng = np.random.RandomState(0)
+    y = np.arange(60) % 2
+    X = rng.randn(60, *shape) + 3 * y[:, None, None]
+    clf = SoftEquivariantClassifier(random_state=0, max_epochs=60).fit(X, y)
+    assert clf.score(X, y) > 0.85
+
+
+def test_a_loss_that_is_no_number_leaves_nothing_fitted(digits):
+    clf = SoftEquivariantClassifier(**FAST).fit(*digits)
+    clf.set_params(lr=1e30)
+    with pytest.raises(ValueError, match=r"loss became .* in epoch \d+ .*Lower lr"):
+        clf.fit(*digits)
+    with pytest.raises(NotFittedError):
+        clf.predict(digits[0])
+    assert not [name for name in vars(clf) if name.endswith("_")]
+
+
+# what the package exists for
+
+
+@pytest.mark.slow
+def test_digits_accuracy():
+    X, y = load_digits(return_X_y=True)
+    cv = StratifiedKFold(5, shuffle=True, random_state=0)
+    assert cross_val_score(SoftEquivariantClassifier(random_state=0), X, y, cv=cv).mean() >= 0.96
+
+
+@pytest.mark.slow
+def test_symmetry_is_kept_or_broken_as_the_task_asks():
+    tasks = {task: load_digit_tasks(task=task, random_state=0) for task in ("digit", "quadrant")}
+    fits = {}
+    for task, data in tasks.items():
+        clf = SoftEquivariantClassifier(random_state=0).fit(data.X_train, data.y_train)
+        assert log_loss(data.y_test, clf.predict_proba(data.X_test)) <= 0.45, task
+        fits[task] = clf
+    quadrant = tasks["quadrant"]
+    assert fits["quadrant"].score(quadrant.X_test, quadrant.y_test) >= 0.86
+    free = {task: clf.effective_dimensions_[:, 1].sum() for task, clf in fits.items()}
+    assert free["digit"] < free["quadrant"]
+    higher = fits["quadrant"].symmetry_[:, 1] > fits["digit"].symmetry_[:, 1]
+    assert higher.sum() > len(higher) / 2
+    strict = SoftEquivariantClassifier(pathways="conv", random_state=0)
+    strict.fit(quadrant.X_train, quadrant.y_train)
+    assert strict.score(quadrant.X_test, quadrant.y_test) <= 0.30
