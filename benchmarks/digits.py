@@ -108,7 +108,7 @@ def part_a(results, max_epochs):
         accuracy = [result["accuracy"] for result in found]
         seconds = np.mean([result["seconds"] for result in found])
         rows.append(
-            (name, f"{np.mean(accuracy):.4f}", f"{np.std(accuracy, ddof=1):.4f}", f"{seconds:.1f}")
+            (name, f"{np.mean(accuracy):.4f}", f"{np.std(accuracy, ddof=1):.4f}", f"{seconds:.2f}")
         )
         print(f"  {name}: done", flush=True)
     print_table(("classifier", "accuracy", "deviation over folds", "seconds per fit"), rows)

@@ -150,7 +150,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         Class labels.
     n_features_in_ : int
         C·H·W.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (C·H·W,)
         Names of the columns, when X had string names.
     image_shape_ : tuple (C, H, W)
         Shape of one image.
@@ -166,7 +166,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         Epochs.
     n_observations_ : float
         N, the sum of all weights.
-    loss_curve_ : ndarray of shape (n_iter_,)
+    loss_curve_ : ndarray of shape (epochs,)
         Negative log joint for each observation (without the prior's normaliser), by epoch.
     scores_ : ndarray
         Log marginal likelihood at each evaluation, in nats.
@@ -225,7 +225,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         "learn_prior": ["boolean"],
         "start": [StrOptions(set(STARTS))],
         "prior_precision": [Interval(Real, 0, None, closed="neither")],
-        "burn_in": [Interval(Integral, 0, None, closed="left")],
+        "burn_in": [Interval(Integral, 1, None, closed="left")],
         "evidence_every": [Interval(Integral, 1, None, closed="left")],
         "hyper_solver": [StrOptions(set(HYPER_SOLVERS))],
         "hyper_steps": [Interval(Integral, 1, None, closed="left")],
@@ -444,10 +444,11 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.channel_mean_, self.channel_scale_ = np.zeros(n_channels), np.ones(n_channels)
         if not self.standardize:
             return
-        pixels = X.reshape(len(X), n_channels, -1).astype(np.float64)  # (n, C, X)
-        mean = np.average(pixels.mean(2), axis=0, weights=weights)  # (C,)
-        spread = np.square(pixels - mean[:, None]).mean(2)
-        scale = np.sqrt(np.average(spread, axis=0, weights=weights))
+        pixels = X.reshape(len(X), n_channels, -1)  # (n, C, X)
+        mean = np.average(pixels.mean(2, dtype=np.float64), axis=0, weights=weights)  # (C,)
+        parts = np.array_split(pixels, len(X) // 4096 + 1)  # bounds the float64 copies
+        spread = [np.square(part - mean[:, None]).mean(2) for part in parts]
+        scale = np.sqrt(np.average(np.concatenate(spread), axis=0, weights=weights))
         # What varies by no more than rounding is constant, and is left at its own scale.
         constant = scale <= 10 * np.finfo(X.dtype).eps * np.abs(mean)
         self.channel_mean_, self.channel_scale_ = mean, np.where(constant, 1.0, scale)
@@ -457,28 +458,28 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         dtype = {"float32": np.float32, "float64": np.float64}.get(self.dtype, X.dtype)
         if self.dtype == "auto" and self.device_.type != "cpu":
             dtype = np.float32
-        per_channel = (-1, 1, 1)
-        images = X.reshape(len(X), *self.image_shape_).astype(np.float64)
-        images = images - self.channel_mean_.reshape(per_channel)
-        images /= self.channel_scale_.reshape(per_channel)
-        return torch.from_numpy(images.astype(dtype))
+        images = X.reshape(len(X), *self.image_shape_)
+        mean, scale = (
+            figure.astype(X.dtype)[:, None, None]
+            for figure in (self.channel_mean_, self.channel_scale_)
+        )
+        return torch.from_numpy(((images - mean) / scale).astype(dtype, copy=False))
 
     def _build_net(self, data, previous, endless=False) -> SoftEquivariantNet:
         """A net that is ready to train, from a random start or from a previous net."""
         random_state = check_random_state(self.random_state)
         seeds = random_state.randint(np.iinfo(np.int32).max, size=3).tolist()
         evidence = self._evidence_step(data, seeds[0])
+        schedule = "constant" if endless else self.lr_schedule
         course = Course(
             evidence,
             STARTS[self.start](),
-            LearningRate("constant" if endless else self.lr_schedule, self.lr, self.max_epochs),
+            LearningRate(schedule, self.lr, self.max_epochs),
             Plateau(max(self.tol, 1.0 / data.n_observations), self.n_iter_no_change),
             self.keep_best,
             release=previous is None,
             endless=endless,
         )
-        own = [("evidence", evidence), ("course", course)]
-        users = copy.deepcopy(list(self.callbacks or ()))
         optimizer, settings = OPTIMIZERS[self.optimizer]
         net = SoftEquivariantNet(
             build_network,
@@ -490,7 +491,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             iterator_train=Batches,
             iterator_train__random_state=np.random.RandomState(seeds[1]),
             train_split=None,
-            callbacks=[*own, *users, *([("progress", ProgressLine())] if self.verbose else [])],
+            callbacks=self._callbacks(evidence, course),
             verbose=0,
             device=str(self.device_),
             prior_precision=self.prior_precision,
@@ -509,13 +510,19 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             net.take_over(previous)
         return net
 
+    def _callbacks(self, evidence: EvidenceStep, course: Course) -> list:
+        """Ours, then copies of the user's, which find our entries in the history, then output."""
+        output = [("progress", ProgressLine())] if self.verbose else []
+        users = copy.deepcopy(list(self.callbacks or ()))
+        return [("evidence", evidence), ("course", course), *users, *output]
+
     def _evidence_step(self, data: TrainingData, seed: int) -> EvidenceStep:
         solver = HYPER_SOLVERS[self.hyper_solver]
         return EvidenceStep(
             solver() if self.hyper_lr is None else solver(self.hyper_lr),
             steps=self.hyper_steps if self.learn_prior else 0,
             # A short training needs the free pathways, too, for half of its time.
-            burn_in=min(self.burn_in, self.max_epochs // 2),
+            burn_in=min(self.burn_in, max(self.max_epochs // 2, 1)),
             every=self.evidence_every,
             n_sketches=choose_sketches(
                 self.curvature, self.curvature_samples, len(data), len(self.classes_)
@@ -561,7 +568,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
                 f"{self.max_epochs}. Raise max_epochs, or tol ({self.tol} nats per observation) "
                 "if this is good enough.",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,  # past scikit-learn's wrapper, to the caller of fit
             )
 
     def decision_function(self, X):

@@ -232,9 +232,8 @@ def fix_gauge(network: SoftEquivariantNetwork, prior: LayerwisePrior) -> None:
     """Bound the drift of the scale between the factors U, V of products.
 
     U → aU, δ_U → δ_U / a², V → V / a, δ_V → a² δ_V leaves the network, its effective dimensions
-    and its evidence as they are (METHOD: the gauge), but hyper steps make log δ_U − log δ_V drift
-    without end. It is held within :data:`GAUGE_LIMIT` of its value at a random start, the log
-    ratio of the fan-ins.
+    and its evidence as they are, but hyper steps make log δ_U − log δ_V drift without end. It is
+    held within :data:`GAUGE_LIMIT` of its value at a random start, the log ratio of fan-ins.
     """
     precisions = prior.precisions()
     for prefix, _, _, pathway in _pathways(network):

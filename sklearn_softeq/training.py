@@ -455,8 +455,10 @@ class Course(Callback):
             self.best = (figure, _state(net))
         if self.release and epoch == self.evidence.burn_in:
             if self.start.release(net.module_, net.prior_, learn=self.evidence.steps > 0):
+                # Another model from here on: what was reached before is no measure for it.
                 self.rate.rewarm(epoch)
                 self.plateau.restart()
+                self.best = None
         elif self.evidence.steps:
             self.start.prune(net.module_, net.effective_dimensions_)
         net.update_decay()

@@ -162,7 +162,7 @@ def test_warning_at_the_cap_and_none_when_converged(digits):
         {"device": "cpu", "batch_size": 32},
         {"pathways": ["fc"]},
         {"pathways": ("conv", "fc", "factored_fc")},
-        {"burn_in": 0, "evidence_every": 1},
+        {"burn_in": 1, "evidence_every": 1},
     ],
     ids=str,
 )

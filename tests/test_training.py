@@ -1,0 +1,905 @@
+"""The net: batches, loss, gradient, decay; the evidence step; the course of a fit; interrupts."""
+
+import copy
+import itertools
+import pickle
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from skorch.callbacks import Callback
+from torch import nn
+
+from sklearn_softeq.layers import FC
+from sklearn_softeq.likelihoods import Categorical
+from sklearn_softeq.marginal_likelihood import AdamSolver, FixedPointSolver, LaplaceEvidence
+from sklearn_softeq.networks import build_network
+from sklearn_softeq.schedules import STARTS, LearningRate, Plateau
+from sklearn_softeq.training import (
+    EXACT_COLUMNS,
+    OPTIMIZERS,
+    Batches,
+    Course,
+    EvidenceStep,
+    ProgressLine,
+    SoftEquivariantNet,
+    TrainingData,
+    choose_sketches,
+)
+
+K = 3
+ALL = ("conv", "factored_fc", "fc")
+
+
+def data_of(n=12, shape=(1, 4, 4), dtype=torch.float64, n_observations=None, weighted=True):
+    weights = torch.rand(n, dtype=dtype) + 0.5 if weighted else torch.ones(n, dtype=dtype)
+    total = weights.sum().item() if n_observations is None else n_observations
+    inputs = torch.randn(n, *shape, dtype=dtype)
+    return TrainingData(inputs, torch.randint(K, (n,)), weights, total)
+
+
+def net_of(
+    module=build_network,
+    *,
+    pathways=("conv", "factored_fc"),
+    start="joint",
+    evidence=None,
+    solver=None,
+    steps=2,
+    burn_in=2,
+    every=2,
+    n_sketches=0,
+    evidence_seed=0,
+    schedule="constant",
+    lr=0.01,
+    optimizer="adam",
+    max_epochs=6,
+    patience=100,
+    keep_best=True,
+    release=True,
+    endless=False,
+    batch_size=128,
+    batch_seed=0,
+    precision=1.0,
+    seed=0,
+    callbacks=(),
+    **params,
+):
+    """A net ready to train, put together as the estimator does."""
+    if evidence is None:
+        solver = solver or FixedPointSolver()
+        evidence = EvidenceStep(solver, steps, burn_in, every, n_sketches, evidence_seed)
+    start = STARTS[start]() if isinstance(start, str) else start
+    rate = LearningRate(schedule, lr, max_epochs)
+    course = Course(evidence, start, rate, Plateau(0.0, patience), keep_best, release, endless)
+    if module is build_network:
+        params = {
+            "module__image_shape": (1, 4, 4),
+            "module__n_outputs": K,
+            "module__pathways": pathways,
+            "module__width": 2,
+            "module__dtype": torch.float64,
+            **params,
+        }
+    optimizer, settings = OPTIMIZERS[optimizer]
+    net = SoftEquivariantNet(
+        module,
+        criterion=Categorical,
+        optimizer=optimizer,
+        lr=lr,
+        max_epochs=1 if endless else max_epochs,
+        batch_size=batch_size,
+        iterator_train=Batches,
+        iterator_train__random_state=np.random.RandomState(batch_seed),
+        train_split=None,
+        callbacks=[("evidence", evidence), ("course", course), *callbacks],
+        verbose=0,
+        device="cpu",
+        prior_precision=precision,
+        seed=seed,
+        **params,
+        **{f"optimizer__{name}": value for name, value in settings.items()},
+    )
+    return net.initialize()
+
+
+def weights_of(net):
+    return {name: w.detach().clone() for name, w in net.module_.named_parameters()}
+
+
+def assert_weights(net, expected, equal=torch.equal):
+    assert list(expected) == [name for name, _ in net.module_.named_parameters()]
+    for name, w in net.module_.named_parameters():
+        assert equal(w, expected[name]), name
+
+
+def negative_log_joint(net, data, precisions: Mapping[str, float]):
+    """−(1/Σw) Σ w log p + (1/2N) Σ δ ‖w‖², spelled out, with a graph."""
+    log_p = net.module_(data.inputs).log_softmax(1)[range(len(data)), data.targets]
+    loss = -(data.weights * log_p).sum() / data.weights.sum()
+    named = net.module_.named_parameters()
+    squares = sum(precisions[name] * w.square().sum() for name, w in named)
+    return loss + 0.5 * squares / data.n_observations
+
+
+class Record(Callback):
+    """Weights after each epoch, rates, gradients, and the rows of each batch."""
+
+    def __init__(self):
+        self.weights, self.precisions, self.rates = [], [], []
+        self.gradients, self.inputs, self.enabled = [], [], []
+
+    def on_epoch_end(self, net, **kwargs):
+        self.weights.append(weights_of(net))
+        self.precisions.append(net.prior_.precisions())
+        self.rates.append(net.optimizer_.param_groups[0]["lr"])
+        self.enabled.append([dict(block.enabled) for block in net.module_.blocks])
+
+    def on_grad_computed(self, net, **kwargs):
+        named = net.module_.named_parameters()
+        self.gradients.append({name: w.grad and None or w.grad for name, w in named} if 0 else {
+            name: None if w.grad is None else w.grad.clone() for name, w in named
+        })
+
+    def on_batch_begin(self, net, batch, **kwargs):
+        self.inputs.append(batch[0])
+
+
+# ── data and batches
+
+
+def numbered(n):
+    rows = torch.arange(n, dtype=torch.float64)
+    return TrainingData(rows.view(n, 1, 1, 1), rows.long() + 100, rows + 0.5, float(n))
+
+
+@pytest.mark.parametrize(("n", "size", "parts"), [(10, 4, 3), (12, 4, 3), (7, 6, 2), (9, 1, 9)])
+def test_every_row_stands_once_in_an_epoch(n, size, parts):
+    batches = Batches(numbered(n), size, np.random.RandomState(0))
+    epochs = [list(batches), list(batches)]
+    for epoch in epochs:
+        sizes = [len(inputs) for inputs, _ in epoch]
+        assert len(sizes) == parts
+        assert max(sizes) <= size
+        assert max(sizes) - min(sizes) <= 1
+        rows = torch.cat([inputs.flatten() for inputs, _ in epoch])
+        assert sorted(rows.tolist()) == list(range(n))
+        for inputs, (targets, weights) in epoch:  # and keeps its target and weight
+            assert torch.equal(targets, inputs.flatten().long() + 100)
+            assert torch.equal(weights, inputs.flatten() + 0.5)
+    orders = [torch.cat([inputs.flatten() for inputs, _ in epoch]).tolist() for epoch in epochs]
+    assert orders[0] != orders[1]
+    assert orders[0] != list(range(n))
+
+
+@pytest.mark.parametrize("size", [8, 9, 1000])
+def test_few_rows_are_one_batch_in_their_own_order(size):
+    random_state = np.random.RandomState(0)
+    before = random_state.get_state()[1].copy()
+    for _ in range(2):
+        [(inputs, _)] = Batches(numbered(8), size, random_state)
+        assert inputs.flatten().tolist() == list(range(8))
+    np.testing.assert_array_equal(random_state.get_state()[1], before)
+
+
+def test_batches_repeat_with_the_random_state():
+    orders = [
+        [inputs.flatten().tolist() for inputs, _ in Batches(numbered(20), 7, state)]
+        for state in (np.random.RandomState(3), np.random.RandomState(3), np.random.RandomState(4))
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_data_in_order():
+    data = numbered(7)
+    parts = list(data.in_order(3))
+    assert [len(inputs) for inputs, _, _ in parts] == [3, 3, 1]
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    assert torch.equal(columns[0], data.inputs)
+    assert torch.equal(columns[1], data.targets)
+    assert torch.equal(columns[2], data.weights)
+    assert len(data) == 7
+
+
+# ── loss and gradient
+
+
+def in_training(net, data):
+    """What partial_fit keeps while it trains."""
+    net.data_, net.weight_sum_ = data, data.weights.sum()
+    return net
+
+
+def batch_loss(net, data, rows):
+    inputs, y = data[torch.tensor(rows)]
+    return net.get_loss(net.module_(inputs), y).item()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_loss_of_a_batch_is_unbiased(size):
+    data = data_of(5)
+    net = in_training(net_of(), data)
+    whole = negative_log_joint(net, data, dict.fromkeys(weights_of(net), 0.0)).item()
+    subsets = itertools.combinations(range(5), size)
+    losses = [batch_loss(net, data, rows) for rows in subsets]
+    assert np.mean(losses) == pytest.approx(whole, rel=1e-12)
+
+
+def test_losses_of_an_epoch_add_up():
+    data = data_of(5)
+    net = in_training(net_of(), data)
+    whole = negative_log_joint(net, data, dict.fromkeys(weights_of(net), 0.0)).item()
+    for order in itertools.islice(itertools.permutations(range(5)), 0, None, 17):
+        parts = [order[:2], order[2:]]
+        total = sum(len(rows) / 5 * batch_loss(net, data, rows) for rows in parts)
+        assert total == pytest.approx(whole, rel=1e-12)
+
+
+def test_weights_are_repetitions_in_the_loss():
+    data, counts = data_of(6, weighted=False), torch.tensor([1, 3, 2, 1, 1, 2])
+    weighted = TrainingData(data.inputs, data.targets, counts.double(), 10.0)
+    repeated = TrainingData(
+        *(c.repeat_interleave(counts, 0) for c in (data.inputs, data.targets, data.weights)), 10.0
+    )
+    losses = [
+        batch_loss(in_training(net_of(), d), d, range(len(d))) for d in (weighted, repeated)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("n_observations", [None, 70.0])
+def test_gradient_of_a_step_is_that_of_the_negative_log_joint(optimizer, n_observations):
+    data, record = data_of(n_observations=n_observations), Record()
+    net = net_of(pathways=ALL, optimizer=optimizer, max_epochs=1, callbacks=[("record", record)])
+    with torch.no_grad():
+        for w in net.module_.parameters():  # biases, too
+            w.add_(0.1 * torch.randn_like(w))
+    for i, name in enumerate(net.prior_.groups):
+        precision = 0.1 * (i + 1)
+        owner = next(n for n in net.prior_.names if n == name or n.endswith(name))
+        net.prior_.set_precision(owner, precision)
+    loss = negative_log_joint(net, data, net.prior_.precisions())
+    expected = torch.autograd.grad(loss, list(net.module_.parameters()))
+    net.partial_fit(data)
+    [found] = record.gradients
+    for name, gradient in zip(net.prior_.names, expected, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-13)
+
+
+def test_what_is_switched_off_has_no_gradient_and_does_not_move():
+    data, record = data_of(), Record()
+    net = net_of(start="symmetric", burn_in=100, max_epochs=3, callbacks=[("record", record)])
+    before = weights_of(net)
+    net.partial_fit(data)
+    for name, w in weights_of(net).items():
+        off = ".factored_fc." in name
+        assert all((gradients[name] is None) == off for gradients in record.gradients)
+        assert torch.equal(w, before[name]) == off
+
+
+@pytest.mark.parametrize("batch_size", [128, 5])
+def test_recorded_loss_is_the_negative_log_joint(batch_size):
+    data = data_of(n_observations=40.0)
+    net = net_of(start="symmetric", burn_in=100, lr=1e-300, max_epochs=1, batch_size=batch_size)
+    precisions = {}
+    for i, name in enumerate(net.prior_.names):
+        if name.endswith("weight"):
+            net.prior_.set_precision(name, 0.5 + i)
+        on = ".factored_fc." not in name  # what is off has no part in the prior
+        precisions[name] = net.prior_.precisions()[name] * on
+    before = weights_of(net)
+    net.partial_fit(data)
+    assert_weights(net, before)
+    expected = negative_log_joint(net, data, precisions).item()
+    assert net.history[0, "train_loss"] == pytest.approx(expected, rel=1e-12)
+
+
+# ── the decay of SGD
+
+
+class Regression(nn.Module):
+    """Logistic regression: the log joint is concave, so there is one stationary point."""
+
+    layers: ClassVar[dict] = {}
+
+    def __init__(self):
+        super().__init__()
+        self.output = FC(4, K, (1, 1))
+
+    def forward(self, inputs):
+        return self.output(inputs).flatten(1)
+
+
+def mode(data, precisions):
+    """Newton's method on the negative log joint."""
+    net = net_of(Regression)
+    net.module_.double()
+    parameters = dict(net.module_.named_parameters())
+    flat = torch.zeros(sum(w.numel() for w in parameters.values()), dtype=torch.float64)
+
+    def loss(v):
+        weight, bias = v[: 4 * K].view(K, 4), v[4 * K :]
+        log_p = (data.inputs.flatten(1) @ weight.T + bias).log_softmax(1)
+        value = -(data.weights * log_p[range(len(data)), data.targets]).sum() / data.weights.sum()
+        squares = precisions[0] * weight.square().sum() + precisions[1] * bias.square().sum()
+        return value + 0.5 * squares / data.n_observations
+
+    for _ in range(30):
+        gradient = torch.func.grad(loss)(flat)
+        flat = flat - torch.linalg.solve(torch.func.hessian(loss)(flat), gradient)
+    return flat[: 4 * K], flat[4 * K :]
+
+
+@pytest.mark.parametrize(
+    ("precision", "implicit"), [(0.8, False), (40.0, True), (1e4, True), (6e7, True)]
+)
+def test_sgd_reaches_the_mode_whether_the_prior_is_stiff_or_not(precision, implicit):
+    # In 12 observations, at rate 0.1 and momentum 0.9, an explicit step on a decay of δ/12 is
+    # stable below δ = 456 only.
+    data, record = data_of(shape=(4, 1, 1), n_observations=12.0), []
+
+    class Look(Callback):
+        def on_batch_begin(self, net, **kwargs):
+            record.append([found for *_, found in net.decay_])
+
+    settings = {"optimizer": "sgd", "lr": 0.1, "max_epochs": 400, "steps": 0, "burn_in": 1000}
+    net = net_of(Regression, **settings, callbacks=[("look", Look())])
+    net.module_.double()
+    net.prior_.set_precision("output.weight", precision)
+    net.prior_.set_precision("output.bias", 1.0)
+    net.partial_fit(data)
+    assert record[0] == record[-1] == [implicit, False]
+    weight, bias = mode(data, (precision, 1.0))
+    found = net.module_.output
+    torch.testing.assert_close(found.weight.flatten().detach(), weight, rtol=1e-6, atol=1e-18)
+    torch.testing.assert_close(found.bias.detach(), bias, rtol=1e-6, atol=1e-12)
+
+
+def test_stiff_decay_uses_the_rate_of_the_step():
+    data = data_of(shape=(4, 1, 1), n_observations=12.0)
+    net = net_of(
+        Regression, optimizer="sgd", lr=0.1, max_epochs=1, steps=0, burn_in=100, schedule="cooldown"
+    )
+    net.module_.double()
+    net.prior_.set_precision("output.weight", 240.0)
+    weight = net.module_.output.weight
+    before = weight.detach().clone()
+    log_p = net.module_(data.inputs).log_softmax(1)[range(12), data.targets]
+    loss = -(data.weights * log_p).sum() / data.weights.sum()
+    (gradient,) = torch.autograd.grad(loss, weight)
+    net.partial_fit(data)
+    # Warm-up: a fifth of the rate in the first epoch; δ/N = 20, momentum multiplies it by 10.
+    expected = (before - 0.02 * gradient) / (1 + 20 * 0.02 * 10)
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-10, atol=1e-14)
+
+
+def test_adam_never_decays_implicitly():
+    data = data_of()
+    net = net_of(precision=1e7, max_epochs=1)
+    net.data_ = data
+    net.update_decay()
+    assert [implicit for *_, implicit in net.decay_] == [False] * len(net.prior_.names)
+    assert [decay for _, decay, _ in net.decay_] == pytest.approx(
+        [1e7 / data.n_observations] * len(net.prior_.names)
+    )
+
+
+# ── sketches
+
+
+@pytest.mark.parametrize(
+    ("curvature", "samples", "n_rows", "n_outputs", "expected"),
+    [
+        ("exact", 1, 10**6, 1000, 0),
+        ("auto", 1, EXACT_COLUMNS, 2, 0),
+        ("auto", 1, EXACT_COLUMNS + 1, 2, 0),  # one column: no sketch is cheaper
+        ("auto", 1, EXACT_COLUMNS // 9, 10, 0),
+        ("auto", 1, EXACT_COLUMNS // 9 + 1, 10, 1),
+        ("auto", 8, 5000, 10, 8),
+        ("auto", 9, 5000, 10, 0),
+        ("auto", 1, 10**6, 1, 0),
+        ("rademacher", 1, 10, 10, 1),
+        ("rademacher", 3, 10, 10, 3),
+        ("rademacher", 9, 10, 10, 0),
+        ("rademacher", 1, 10, 3, 1),
+        ("rademacher", 1, 10, 2, 0),
+    ],
+)
+def test_sketches(curvature, samples, n_rows, n_outputs, expected):
+    assert choose_sketches(curvature, samples, n_rows, n_outputs) == expected
+
+
+# ── the evidence step
+
+
+@pytest.mark.parametrize(
+    ("burn_in", "every", "expected"),
+    [(3, 4, [3, 7, 11, 15]), (0, 5, [5, 10, 15]), (6, 1, [*range(6, 17)]), (20, 4, [])],
+)
+def test_epochs_of_the_evidence(burn_in, every, expected):
+    step = EvidenceStep(FixedPointSolver(), 1, burn_in, every, 0, 0)
+    assert [epoch for epoch in range(1, 17) if step.due(epoch)] == expected
+
+
+def evaluated(seed, n_epochs=0, n_sketches=1):
+    torch.manual_seed(5)
+    data = data_of()
+    net = net_of(evidence_seed=seed, n_sketches=n_sketches)
+    net.data_ = data
+    for _ in range(n_epochs):
+        net.history.new_epoch()
+    state = torch.get_rng_state()
+    found = net.callbacks_[0][1].evaluate(net)
+    assert torch.equal(torch.get_rng_state(), state)
+    return found.evidence(net.prior_.log_precision)
+
+
+def test_evidence_is_deterministic_for_a_seed():
+    assert evaluated(3) == evaluated(3)
+    assert evaluated(3).log_det_ratio != evaluated(4).log_det_ratio
+    assert evaluated(3).log_det_ratio != evaluated(3, n_epochs=1).log_det_ratio  # new sketches
+    assert evaluated(3, n_sketches=0) == evaluated(4, 2, n_sketches=0)
+    assert evaluated(3).scatter == evaluated(4).scatter
+
+
+def test_evidence_is_that_of_the_weights_the_data_and_n():
+    data = data_of(n_observations=50.0)
+    net = net_of(pathways=ALL, precision=2.0)
+    net.data_ = data
+    net.module_.blocks[0].enabled["fc"] = False
+    found = net.callbacks_[0][1].evaluate(net).evidence(net.prior_.log_precision)
+    log_p = net.module_(data.inputs).log_softmax(1)[range(12), data.targets]
+    scale = 50.0 / data.weights.sum()
+    assert found.log_likelihood == pytest.approx((scale * (data.weights * log_p).sum()).item())
+    names = [name for name in weights_of(net) if not name.startswith("blocks.0.fc.")]
+    squares = sum(weights_of(net)[name].square().sum().item() for name in names)
+    assert found.scatter == pytest.approx(2.0 * squares)
+
+
+def test_hyper_steps_raise_the_evidence_and_are_recorded():
+    data, looks = data_of(), []
+
+    class Before(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            looks.append((net.prior_.log_precision.clone(), weights_of(net)))
+
+    solver = FixedPointSolver()
+    evidence = EvidenceStep(solver, 4, 2, 3, 0, 0)
+    net = net_of(evidence=evidence, max_epochs=6, keep_best=False)
+    net.callbacks_.insert(0, ("before", Before()))
+    net.partial_fit(data)
+    rows = net.history
+    assert [("log_marginal_likelihood" in row) for row in rows] == [
+        epoch in (2, 5) for epoch in range(1, 7)
+    ]
+    for i in (1, 4):
+        row, (log_precision, weights) = rows[i], looks[i]
+        with torch.no_grad():
+            for name, w in net.module_.named_parameters():
+                w.copy_(weights[name])
+        net.data_ = data
+        objective = evidence.evaluate(net)
+        start = objective.evidence(log_precision).value
+        for _ in range(4):
+            log_precision = solver.step(objective, log_precision)
+        expected = objective.evidence(log_precision)
+        assert row["log_marginal_likelihood"] == pytest.approx(expected.value, rel=1e-12)
+        assert expected.value > start
+        for term, value in expected._asdict().items():
+            assert row[term] == pytest.approx(value, rel=1e-10)
+        after = looks[i + 1][0]
+        torch.testing.assert_close(after, log_precision, rtol=0, atol=1e-10)
+
+
+def test_no_hyper_step_without_steps_or_before_the_burn_in():
+    for settings in ({"steps": 0, "burn_in": 1}, {"steps": 3, "burn_in": 10}):
+        net = net_of(**settings, precision=3.0)
+        net.partial_fit(data_of())
+        assert list(net.prior_.precisions().values()) == pytest.approx([3.0] * 12)
+        assert not any("log_marginal_likelihood" in row for row in net.history)
+
+
+def test_new_precisions_count_from_the_next_step_on():
+    data, decays = data_of(), []
+
+    class Look(Callback):
+        def on_batch_begin(self, net, **kwargs):
+            precisions = net.prior_.precisions()
+            expected = [precisions[name] / data.n_observations for name in net.prior_.names]
+            decays.append([decay for _, decay, _ in net.decay_])
+            assert decays[-1] == pytest.approx(expected)
+
+    net_of(burn_in=2, every=2, callbacks=[("look", Look())]).partial_fit(data)
+    assert decays[1] == decays[0] != decays[2]
+
+
+@pytest.mark.parametrize("solver", [FixedPointSolver, AdamSolver])
+def test_learning_the_prior_does_not_change_the_batches(solver):
+    data, orders = data_of(), []
+    for settings in ({"steps": 0}, {"steps": 3, "solver": solver(), "n_sketches": 1}):
+        record = Record()
+        net = net_of(**settings, burn_in=1, every=1, batch_size=5, callbacks=[("r", record)])
+        net.partial_fit(data)
+        orders.append(torch.cat(record.inputs))
+    assert torch.equal(*orders)
+
+
+# ── the course of a fit
+
+
+class Script(EvidenceStep):
+    """An evidence that follows a script, by epoch; the last value is that at the end."""
+
+    def __init__(self, values, final=None, dimensions=None, burn_in=1):
+        super().__init__(FixedPointSolver(), 1, burn_in, 1, 0, 0)
+        self.values = values
+        self.final = values[-1] if final is None else final
+        self.dimensions = dimensions or {}
+
+    def evaluate(self, net):
+        return LaplaceEvidence(self.final, {}, {}, net.prior_.group_of())
+
+    def on_epoch_end(self, net, **kwargs):
+        epoch = len(net.history)
+        if self.due(epoch):
+            value = self.values[min(epoch, len(self.values)) - 1]
+            net.history.record("log_marginal_likelihood", value)
+            net.effective_dimensions_ = self.dimensions.get(epoch, dict.fromkeys(weights_of(net), 9))
+            net.prior_.log_precision.fill_(0.1 * epoch)
+
+
+def scripted(values, *, final=None, dimensions=None, burn_in=1, **settings):
+    record = Record()
+    script = Script(values, final, dimensions, burn_in)
+    net = net_of(evidence=script, callbacks=[("record", record)], **settings)
+    return net.partial_fit(data_of()), record
+
+
+RISING = [float(i) for i in range(100)]
+
+
+def test_best_state_is_restored_if_the_last_is_worse():
+    net, record = scripted([-9.0, -5.0, -1.0, -7.0, -6.0, -5.0])
+    assert len(net.history) == 6
+    assert_weights(net, record.weights[2])
+    assert net.prior_.precisions() == record.precisions[2]
+    # What it was is not what it became.
+    assert not torch.equal(record.weights[2]["head.output.weight"], weights_of(net)["head.output.bias"])
+    assert record.precisions[2] != record.precisions[5]
+
+
+@pytest.mark.parametrize(
+    ("final", "keep_best"), [(-0.9, True), (-1.0, True), (-7.0, False)], ids=str
+)
+def test_last_state_is_kept_if_it_is_no_worse_or_if_one_wants_so(final, keep_best):
+    net, record = scripted([-9.0, -5.0, -1.0, -7.0], final=final, keep_best=keep_best)
+    assert_weights(net, record.weights[-1])
+    assert net.prior_.precisions() == record.precisions[-1]
+
+
+def test_the_best_state_knows_what_was_switched_off():
+    dimensions = {epoch: dict.fromkeys(weights_of(net_of()), 0.0) for epoch in (3, 4, 5, 6)}
+    settings = {"start": "symmetric", "burn_in": 1, "dimensions": dimensions}
+    values = [-9.0, -1.0, -5.0, -5.0, -5.0, -5.0]
+    net, record = scripted(values, **settings)
+    assert [on["factored_fc"] for on in record.enabled[-1]] == [False, False]
+    assert [block.enabled["factored_fc"] for block in net.module_.blocks] == [True, True]
+    assert_weights(net, record.weights[1])
+    assert net.module_.blocks[0].factored_fc.V.weight.abs().max() > 0
+
+
+def test_without_evidence_the_log_joint_is_the_figure():
+    data, record = data_of(), Record()
+    net = net_of(steps=0, burn_in=1, every=1, max_epochs=8, lr=0.05, callbacks=[("r", record)])
+    net.partial_fit(data)
+    losses = net.history[:, "train_loss"]
+    assert losses[-1] < losses[0]
+    assert_weights(net, record.weights[-1])  # it was still falling
+    # A last step that spoils everything.
+
+    class Spoil(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            if len(net.history) == 8:
+                with torch.no_grad():
+                    net.module_.head.output.weight.mul_(-30)
+
+    settings = {"steps": 0, "burn_in": 1, "every": 1, "max_epochs": 8, "lr": 0.05}
+    net = net_of(**settings, callbacks=[("spoil", Spoil())])
+    net.partial_fit(data)
+    assert_weights(net, record.weights[-1])  # the state at the last evaluation, before it
+
+
+def test_weights_of_the_cooldown_are_averaged():
+    # 3/4 of 12 epochs, then a cool-down of 3.
+    net, record = scripted(RISING, final=1e9, schedule="cooldown", max_epochs=12)
+    assert len(net.history) == 12
+    assert net.course.capped
+    for name, w in weights_of(net).items():
+        mean = torch.stack([weights[name] for weights in record.weights[9:]]).mean(0)
+        torch.testing.assert_close(w, mean, rtol=1e-12, atol=1e-14)
+    assert not torch.equal(record.weights[9]["head.output.weight"], weights_of(net)["head.output.weight"])
+
+
+def test_averaging_leaves_removed_pathways_zero():
+    removed = {name: 0.0 if "blocks.1.fact" in name else 9.0 for name in weights_of(net_of())}
+    start = STARTS["symmetric"](patience=1)
+    net, record = scripted(
+        RISING,
+        final=1e9,
+        dimensions={11: removed},
+        start=start,
+        schedule="cooldown",
+        max_epochs=12,
+        burn_in=2,
+    )
+    assert record.weights[9]["blocks.1.factored_fc.V.weight"].abs().max() > 0
+    assert [block.enabled["factored_fc"] for block in net.module_.blocks] == [True, False]
+    assert all(torch.count_nonzero(w) == 0 for w in net.module_.blocks[1].factored_fc.parameters())
+    name = "blocks.0.factored_fc.V.weight"
+    mean = torch.stack([weights[name] for weights in record.weights[9:]]).mean(0)
+    torch.testing.assert_close(weights_of(net)[name], mean, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("schedule", "n_epochs"), [("constant", 9), ("cosine", 9), ("cooldown", 12)])
+def test_training_ends_after_the_plateau(schedule, n_epochs):
+    net, record = scripted(
+        [*RISING[:7], 6.0], schedule=schedule, max_epochs=100, patience=2, lr=1e-3
+    )
+    assert len(net.history) == n_epochs
+    assert net.course.converged
+    assert not net.course.capped
+    expected = [LearningRate(schedule, 1e-3, 100).at(epoch) for epoch in range(1, 10)]
+    assert record.rates[:9] == pytest.approx(expected)
+    assert record.rates[9:] == sorted(record.rates[9:], reverse=True)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "cooldown"])
+@pytest.mark.parametrize("max_epochs", [1, 2, 3, 9])
+def test_training_never_goes_beyond_the_cap(schedule, max_epochs):
+    net, _ = scripted(RISING, schedule=schedule, max_epochs=max_epochs, patience=1, lr=1e-3)
+    assert len(net.history) == max_epochs
+    assert net.course.capped
+    assert not net.course.converged
+
+
+def test_release_at_the_end_of_the_burn_in():
+    values = [*[0.0] * 6, *RISING]  # without a rise before the release
+    net, record = scripted(
+        values, start="symmetric", burn_in=3, schedule="cooldown", max_epochs=16, patience=3
+    )
+    on = [enabled[0]["factored_fc"] for enabled in record.enabled]
+    assert on == [False] * 2 + [True] * (len(net.history) - 2)
+    assert torch.count_nonzero(record.weights[2]["blocks.0.factored_fc.U.weight"]) == 0
+    assert record.weights[3]["blocks.0.factored_fc.U.weight"].abs().max() > 0
+    full = 0.01
+    assert record.rates[:9] == pytest.approx(
+        [full * f for f in (0.2, 0.4, 0.6, 0.2, 0.4, 0.6, 0.8, 1, 1)]
+    )
+
+
+def test_plateau_starts_anew_at_the_release():
+    # The figure of the symmetric network is higher than any later one.
+    values = [0.0] * 3 + [-9.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0]
+    net, _ = scripted(values, start="symmetric", burn_in=3, max_epochs=10, patience=8)
+    assert not net.course.converged
+
+
+def test_without_a_burn_in_nothing_is_held_back():
+    net, record = scripted(RISING, start="symmetric", burn_in=0, max_epochs=4)
+    assert all(all(on.values()) for enabled in record.enabled for on in enabled)
+    assert all(all(block.enabled.values()) for block in net.module_.blocks)
+
+
+def test_a_course_without_release_leaves_the_pathways_as_they_are():
+    net, record = scripted(RISING, start="symmetric", burn_in=2, max_epochs=4, release=False)
+    assert all(all(on.values()) for enabled in record.enabled for on in enabled)
+    assert torch.count_nonzero(record.weights[1]["blocks.0.factored_fc.U.weight"]) > 0
+
+
+def test_endless_training_concludes_nothing():
+    record = Record()
+    net = net_of(
+        evidence=Script([9.0, 1.0]), endless=True, patience=1, callbacks=[("record", record)]
+    )
+    for epoch in range(1, 6):
+        net.partial_fit(data_of())
+        assert len(net.history) == epoch
+        assert_weights(net, record.weights[-1])
+    assert net.history[:, "epoch"] == [1, 2, 3, 4, 5]
+    assert record.rates == [0.01] * 5
+    assert not net.course.capped
+
+
+def test_a_spent_course_keeps_no_weights():
+    net, _ = scripted(RISING, schedule="cooldown", max_epochs=8)
+    assert net.course.best is None
+    assert net.course.mean == []
+
+
+# ── beginning from another net
+
+
+def test_take_over():
+    first = net_of(pathways=ALL).partial_fit(data_of())
+    first.module_.blocks[0].enabled["fc"] = False
+    second = net_of(pathways=ALL, seed=1)
+    second.take_over(first)
+    assert_weights(second, weights_of(first))
+    assert second.prior_.precisions() == first.prior_.precisions()
+    assert second.module_.blocks[0].enabled == first.module_.blocks[0].enabled
+    second.partial_fit(data_of())  # and is its own
+    assert not torch.equal(second.module_.head.output.weight, first.module_.head.output.weight)
+    assert second.module_.blocks[0].enabled is not first.module_.blocks[0].enabled
+
+
+@pytest.mark.parametrize(
+    "other", [{"module__width": 3}, {"pathways": ("conv",)}, {"module__n_outputs": 4}], ids=str
+)
+def test_take_over_of_another_form(other):
+    with pytest.raises(ValueError, match="same image shape, classes, pathways.*warm_start=False"):
+        net_of().take_over(net_of(**other))
+
+
+# ── randomness
+
+
+def test_global_generators_are_left_as_they_were():
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    data = data_of()
+    torch.set_rng_state(state)
+    net = net_of(pathways=ALL, start="symmetric", n_sketches=1, batch_size=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    net.partial_fit(data)
+    assert torch.equal(torch.get_rng_state(), state)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+
+
+def test_a_fit_depends_on_its_seeds_alone():
+    data = data_of()
+    settings = {"start": "symmetric", "burn_in": 1, "n_sketches": 1, "batch_size": 5}
+    first = net_of(**settings).partial_fit(data)
+    torch.manual_seed(77)
+    second = net_of(**settings).partial_fit(data)
+    assert_weights(second, weights_of(first))
+    assert second.prior_.precisions() == first.prior_.precisions()
+    for other in ({"seed": 1}, {"batch_seed": 1}, {"evidence_seed": 1}):
+        third = net_of(**settings, **other).partial_fit(data)
+        assert not torch.equal(third.module_.head.output.weight, first.module_.head.output.weight)
+
+
+# ── interrupts and errors
+
+
+class Interrupt(Callback):
+    """As skorch's EarlyStopping asks to stop."""
+
+    def __init__(self, event, epoch=3):
+        self.event, self.epoch = event, epoch
+
+    def _raise(self, net):
+        if len(net.history) == self.epoch:
+            raise KeyboardInterrupt
+
+
+for event in ("on_epoch_end", "on_epoch_begin", "on_batch_end", "on_grad_computed", "on_train_end"):
+
+    def method(self, net, *args, event=event, **kwargs):
+        if event == self.event:
+            self._raise(net)
+
+    setattr(Interrupt, event, method)
+
+
+@pytest.mark.parametrize(
+    "event", ["on_epoch_end", "on_epoch_begin", "on_batch_end", "on_grad_computed"]
+)
+def test_a_callback_may_end_training(event):
+    net = net_of(burn_in=1, every=1, callbacks=[("stop", Interrupt(event))])
+    net.partial_fit(data_of())
+    assert len(net.history) == 3
+    assert net.laplace_ is not None  # on_train_end has run
+    assert not {"data_", "decay_", "weight_sum_"} & vars(net).keys()
+
+
+@pytest.mark.parametrize(("event", "epoch"), [("on_train_begin", 0), ("on_train_end", 6)])
+def test_a_callback_may_do_so_when_there_is_nothing_left_to_end(event, epoch):
+    stop = Interrupt(event, epoch)
+    if event == "on_train_begin":
+        stop.on_train_begin = lambda net, **kwargs: stop._raise(net)
+    net = net_of(callbacks=[("stop", stop)])
+    net.partial_fit(data_of())
+    assert len(net.history) == epoch
+    assert not {"data_", "decay_", "weight_sum_"} & vars(net).keys()
+
+
+@pytest.mark.parametrize("where", ["get_loss", "train_step", "fit_loop"])
+def test_ctrl_c_goes_through(monkeypatch, where):
+    net = net_of()
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(net, where, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        net.partial_fit(data_of())
+    assert not {"data_", "decay_", "weight_sum_"} & vars(net).keys()
+
+
+def test_ctrl_c_goes_through_the_evidence(monkeypatch):
+    net = net_of()
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(net.callbacks_[0][1], "evaluate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        net.partial_fit(data_of())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number(value):
+    class Break(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            if len(net.history) == 4:
+                with torch.no_grad():
+                    net.module_.head.output.bias.fill_(value)
+
+    net = net_of(burn_in=2, every=1, callbacks=[("break", Break())])
+    with pytest.raises(ValueError, match="training loss became") as error:
+        net.partial_fit(data_of())
+    last = net.history[3, "log_marginal_likelihood"]
+    for part in ("in epoch 5", f"last finite log evidence: {last:.6g}", "Lower lr", "standardize"):
+        assert part in str(error.value)
+    assert not {"data_", "decay_", "weight_sum_"} & vars(net).keys()
+
+
+def test_a_loss_that_is_no_number_from_the_first():
+    data = data_of()
+    data.inputs[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="nan in epoch 1 .last finite log evidence: none yet"):
+        net_of().partial_fit(data)
+
+
+# ── what is kept
+
+
+def test_the_data_are_not_kept():
+    net = net_of().partial_fit(data_of())
+    assert not {"data_", "decay_", "weight_sum_"} & vars(net).keys()
+    size = len(pickle.dumps(net))
+    bigger = len(pickle.dumps(net_of().partial_fit(data_of(600))))
+    assert bigger < size + 16 * 600  # 600 images of 16 pixels are 8 times that
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_nets_can_be_copied(duplicate):
+    net = net_of(pathways=ALL, endless=True, solver=AdamSolver()).partial_fit(data_of())
+    net.module_.blocks[0].enabled["fc"] = False
+    x = torch.randn(4, 1, 4, 4, dtype=torch.float64)
+    twin = duplicate(net)
+    assert torch.equal(twin.module_(x), net.module_(x))
+    assert twin.prior_.precisions() == net.prior_.precisions()
+    assert twin.history[:, "train_loss"] == net.history[:, "train_loss"]
+    before = weights_of(net)
+    data = data_of()
+    twin.partial_fit(data)  # it goes on, and the other is not touched
+    assert_weights(net, before)
+    assert len(net.history) == 1
+    net.partial_fit(data)
+    assert_weights(twin, weights_of(net))
+
+
+def test_progress_line(capsys):
+    net = net_of(burn_in=2, every=2, max_epochs=5, callbacks=[("progress", ProgressLine())])
+    data = data_of()
+    net.partial_fit(data)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["epoch 2", "epoch 4"]
+    evidence = net.history[1, "log_marginal_likelihood"] / data.n_observations
+    assert lines[0] == (
+        f"epoch 2: loss {net.history[1, 'train_loss']:.4f}, log evidence {evidence:.4f} "
+        "nats per observation, 4 of 4 pathways on"
+    )
