@@ -104,6 +104,7 @@ def kronecker_factors(
                 )
                 for name, grad in zip(record, grads, strict=True):
                     sums[name].add_gradient(grad)
+    assert weight_seen > 0, "the batches hold no observation"
     total = weight_seen if total_weight is None else total_weight
     factors: dict[str, Kronecker] = {}
     for name, layer_sums in sums.items():

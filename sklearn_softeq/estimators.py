@@ -178,7 +178,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         precisions or pathways within one start by it; between architectures or settings a
         held-out score is the safer judge.
     prior_precisions_by_name_ : dict of str to float
-        Precision of each weight tensor; biases share one; inf where a pathway was removed.
+        Precision of each weight tensor, biases included; inf where a pathway was removed.
     layer_names_ : list of str
         The L layers, without the head.
     pathway_names_ : list of str
@@ -467,15 +467,14 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
     def _build_net(self, data, previous, endless=False) -> SoftEquivariantNet:
         """A net that is ready to train, from a random start or from a previous net."""
-        random_state = check_random_state(self.random_state)
-        seeds = random_state.randint(np.iinfo(np.int32).max, size=3).tolist()
+        seeds = check_random_state(self.random_state).randint(2**31 - 1, size=3).tolist()
         evidence = self._evidence_step(data, seeds[0])
-        schedule = "constant" if endless else self.lr_schedule
+        tol = max(self.tol, 1.0 / data.n_observations)
         course = Course(
             evidence,
             STARTS[self.start](),
-            LearningRate(schedule, self.lr, self.max_epochs),
-            Plateau(max(self.tol, 1.0 / data.n_observations), self.n_iter_no_change),
+            LearningRate("constant" if endless else self.lr_schedule, self.lr, self.max_epochs),
+            Plateau(tol, self.n_iter_no_change),
             self.keep_best,
             release=previous is None,
             endless=endless,

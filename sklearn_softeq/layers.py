@@ -244,6 +244,7 @@ class PathwaySum(nn.Module):
         }
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        assert any(self.enabled.values()), "a layer needs a pathway"
         first, *others = self.outputs(inputs).values()
         return sum(others, start=first)
 

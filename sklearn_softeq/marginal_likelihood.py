@@ -18,6 +18,10 @@ __all__ = ["HYPER_SOLVERS", "AdamSolver", "Evidence", "FixedPointSolver", "Lapla
 
 _TINY = 1e-30  # below any squared norm or γ that a float32 network can produce on purpose
 
+#: Largest step of the fixed point in log δ: a tensor that is zero by chance (γ/‖w‖² = ∞) should
+#: not be thrown to the bound by one look at it.
+_MAX_STEP = 2.0
+
 
 class Evidence(NamedTuple):
     """The three terms of the estimate, in nats."""
@@ -44,21 +48,21 @@ class LaplaceEvidence:
         Eigenvalues of the curvature of each tensor that is in use.
     squared_norms : dict of str to float
         ‖w*_g‖² of the same tensors.
-    groups : dict of str to int
-        Which entry of the vector log δ each of them has.
+    index : dict of str to int
+        The entry of the vector log δ that belongs to each tensor.
     """
 
     log_likelihood: float
     spectra: dict[str, Spectrum]
     squared_norms: dict[str, float]
-    groups: dict[str, int]
+    index: dict[str, int]
 
     def evidence(self, log_precision: torch.Tensor) -> Evidence:
         """The estimate and its terms at a vector of log precisions."""
         scatter = self._squares(log_precision) * log_precision.exp()
         log_det = sum(
             (
-                spectrum.log_det_ratio(log_precision[self.groups[name]].exp())
+                spectrum.log_det_ratio(log_precision[self.index[name]].exp())
                 for name, spectrum in self.spectra.items()
             ),
             torch.zeros((), dtype=torch.float64),
@@ -68,15 +72,15 @@ class LaplaceEvidence:
     def effective_dimensions(self, log_precision: torch.Tensor) -> dict[str, float]:
         """γ of each tensor, between 0 and its number of weights."""
         return {
-            name: spectrum.effective_dimensions(log_precision[self.groups[name]].exp()).item()
+            name: spectrum.effective_dimensions(log_precision[self.index[name]].exp()).item()
             for name, spectrum in self.spectra.items()
         }
 
     def balance(self, log_precision: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Σ γ and Σ ‖w‖² over the tensors of each precision, two vectors."""
+        """γ and ‖w‖² of each entry, two vectors; zero for tensors that are not in use."""
         gamma = torch.zeros_like(log_precision)
         for name, value in self.effective_dimensions(log_precision).items():
-            gamma[self.groups[name]] += value
+            gamma[self.index[name]] = value
         return gamma, self._squares(log_precision)
 
     def gradient(self, log_precision: torch.Tensor) -> torch.Tensor:
@@ -87,7 +91,7 @@ class LaplaceEvidence:
     def _squares(self, log_precision: torch.Tensor) -> torch.Tensor:
         squares = torch.zeros_like(log_precision)
         for name in self.spectra:
-            squares[self.groups[name]] += self.squared_norms[name]
+            squares[self.index[name]] = self.squared_norms[name]
         return squares
 
 
@@ -97,7 +101,7 @@ class FixedPointSolver:
     Parameters
     ----------
     rate : float, default=0.5
-        log δ ← (1 − rate) log δ + rate · log(γ / ‖w‖²); 1 is undamped.
+        log δ ← (1 − rate) log δ + rate · log(γ / ‖w‖²), by at most 2; 1 is undamped.
 
     References
     ----------
@@ -114,7 +118,7 @@ class FixedPointSolver:
         # A tensor with neither weights nor dimensions (it is off) says nothing about δ.
         silent = (gamma <= _TINY) & (squares <= _TINY)
         step = torch.where(silent, 0.0, self.rate * (target - log_precision))
-        return (log_precision + step).clamp(*LOG_PRECISION_BOUNDS)
+        return (log_precision + step.clamp(-_MAX_STEP, _MAX_STEP)).clamp(*LOG_PRECISION_BOUNDS)
 
 
 class AdamSolver:

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from .layers import FC, PATHWAYS, Grid, Pathway, PathwaySum
+from .layers import FC, PATHWAYS, Grid, Pathway, PathwaySum, SharedLinear
 
 __all__ = ["ARCHITECTURES", "SCALES", "SoftEquivariantNetwork", "build_network"]
 
@@ -164,17 +164,24 @@ ARCHITECTURES = {"auto": _auto, "paper": _paper}
 
 
 def _check_memory(network: SoftEquivariantNetwork) -> None:
-    """Refuse a network whose training would not fit: weights, gradient and Adam's two moments."""
-    n_weights = sum(p.numel() for p in network.parameters())
-    needed, present = 4 * 4 * n_weights, _memory()
-    if needed <= present:
-        return
-    largest, tensor = max(network.named_parameters(), key=lambda item: item[1].numel())
-    raise ValueError(
-        f"The network has {n_weights} weights, of which {largest!r} holds {tensor.numel()}; "
-        f"training it needs about {needed} bytes, and this machine has {present}. "
-        "Use the pathway 'factored_fc' in place of 'fc', smaller images, or a smaller width."
-    )
+    """Refuse a network whose training would not fit.
+
+    Counted are weights, gradients and Adam's two moments, the curvature factors of every map
+    (twice: sums and scaled), and the eigenvalues of the largest tensor in float64.
+    """
+    sizes = {name: tensor.numel() for name, tensor in network.named_parameters()}
+    shapes = [m.weight.shape for m in network.modules() if isinstance(m, SharedLinear)]
+    factors = sum(blocks * (n_out**2 + n_in**2) for blocks, n_out, n_in in shapes)
+    largest = max(sizes, key=lambda name: sizes[name])
+    needed = 4 * 4 * sum(sizes.values()) + 2 * 4 * factors + 2 * 8 * sizes[largest]
+    present = _memory()
+    if needed > present:
+        raise ValueError(
+            f"The network has {sum(sizes.values())} weights, {sizes[largest]} of them in "
+            f"{largest!r}; training it with its curvature needs about {needed} bytes, and this "
+            f"machine has {present}. Use the pathway 'factored_fc' in place of 'fc', smaller "
+            "images, or a smaller width."
+        )
 
 
 def _memory() -> int:

@@ -239,14 +239,12 @@ def fix_gauge(network: SoftEquivariantNetwork, prior: LayerwisePrior) -> None:
     for prefix, _, _, pathway in _pathways(network):
         if len(pathway.factor_names) < 2:
             continue
-        (u, first), (v, second) = (
-            (f"{prefix}.{name}", pathway.get_parameter(name)) for name in pathway.factor_names
-        )
-        drift = math.log(precisions[u] / precisions[v] * second.shape[-1] / first.shape[-1])
-        excess = drift - max(-GAUGE_LIMIT, min(GAUGE_LIMIT, drift))
-        a = math.exp(excess / 4)
-        first.mul_(a)
-        pathway.get_parameter(pathway.factor_names[0].replace("weight", "bias")).mul_(a)
-        second.div_(a)
-        prior.set_precision(u, precisions[u] / a**2)
-        prior.set_precision(v, precisions[v] * a**2)
+        u, v = pathway.factor_names
+        first, second = pathway.get_parameter(u), pathway.get_parameter(v)
+        ratio = precisions[f"{prefix}.{u}"] / precisions[f"{prefix}.{v}"]
+        drift = math.log(ratio * second.shape[-1] / first.shape[-1])
+        a = math.exp((drift - max(-GAUGE_LIMIT, min(GAUGE_LIMIT, drift))) / 4)
+        # U brings its bias along: V (U x + b).
+        for name, scale in ((u, a), (u.replace("weight", "bias"), a), (v, 1 / a)):
+            pathway.get_parameter(name).mul_(scale)
+            prior.set_precision(f"{prefix}.{name}", precisions[f"{prefix}.{name}"] / scale**2)

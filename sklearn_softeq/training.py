@@ -353,7 +353,7 @@ class EvidenceStep(Callback):
             curvature.log_likelihood,
             spectra(curvature.factors),
             squared_norms(net.enabled_tensors()),
-            net.prior_.group_of(),
+            net.prior_.index,
         )
 
     def on_epoch_end(self, net, **kwargs):

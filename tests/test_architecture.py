@@ -153,7 +153,7 @@ def test_bodies_fit_on_a_screen(path):
     assert not long, f"split the functions of more than {MAX_BODY} lines"
 
 
-@each_source
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_files_stay_small(path):
     assert code_lines(path) <= MAX_FILE
 

@@ -1,4 +1,4 @@
-"""Precisions by name: who shares one, what holds them, how far they go."""
+"""Precisions by name: what holds them, how far they go."""
 
 import copy
 import math
@@ -21,15 +21,11 @@ def tensors(network):
     return dict(network.named_parameters())
 
 
-def test_weights_have_their_own_precision_and_biases_share_one(tensors):
+def test_each_tensor_has_its_own_precision_in_order(tensors):
     prior = LayerwisePrior(tensors)
-    assert prior.names == tuple(tensors)
-    weights = {name for name in tensors if name.endswith("weight")}
-    assert set(prior.groups) == weights | {"bias"}
-    assert len(prior.groups) == len(weights) + 1
-    assert tuple(prior.group_of()) == prior.names
-    for name, place in prior.group_of().items():
-        assert prior.groups[place] == ("bias" if name not in weights else name)
+    assert list(prior.index) == list(tensors)
+    assert list(prior.index.values()) == list(range(len(tensors)))
+    assert prior.log_precision.shape == (len(tensors),)
 
 
 def test_log_precision_is_saved_but_not_trained(tensors):
@@ -55,10 +51,6 @@ def test_set_precision(tensors):
     changed = {name for name, value in prior.precisions().items() if value != 1.0}
     assert changed == {"blocks.1.fc.weight"}
     assert prior.precisions()["blocks.1.fc.weight"] == pytest.approx(4.0)
-    prior.set_precision("blocks.0.conv.bias", 0.5)
-    biases = {name for name in tensors if name.endswith("bias")}
-    found = {name for name, value in prior.precisions().items() if value == pytest.approx(0.5)}
-    assert found == biases
 
 
 @pytest.mark.parametrize(("value", "end"), [(1e-20, 0), (1e20, 1)])

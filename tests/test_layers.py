@@ -266,6 +266,13 @@ def test_sum_is_the_scaled_sum_of_its_slow_pathways(stride):
         torch.testing.assert_close(output, expected[name], atol=1e-10, rtol=1e-10)
 
 
+def test_pathways_by_name_on_or_off():
+    layer = three_paths()
+    layer.enabled["free"] = False
+    assert layer.pathways == dict(layer.named_children())
+    assert list(layer.pathways) == ["conv", "free", "rank"]
+
+
 def test_a_pathway_that_is_off_is_not_computed():
     layer, inputs = three_paths(), torch.randn(5, 2, 4, 6, dtype=torch.float64)
     everything = layer.outputs(inputs)

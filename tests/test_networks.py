@@ -79,6 +79,33 @@ def test_auto_is_the_paper_on_its_canvas(image_shape):
     assert channels == [2 * c for c in PAPER_CHANNELS]
 
 
+@pytest.mark.parametrize(
+    ("image_shape", "channels"),
+    [
+        ((1, 1, 64), [1, 1, 1, 2, 2, 2, 2, 4, 4, 4]),
+        ((3, 16, 1), [1, 1, 1, 2, 2, 2]),
+        ((1, 16, 16), [1, 2, 2, 4, 4, 8]),
+        ((1, 2, 16), [1, 2, 2, 4, 4, 8]),
+        ((2, 1, 1), [1]),
+    ],
+    ids=str,
+)
+def test_channels_grow_half_as_fast_along_one_axis(image_shape, channels):
+    network = build_network(image_shape, 2, pathways=("conv",), width=3)
+    found = [block.conv.weight.shape[1] for block in network.blocks]
+    assert found == [3 * c for c in channels]
+    assert network.head.hidden.weight.shape == (1, 4 * found[-1], found[-1])
+
+
+def test_layers_are_named_as_in_the_names_of_their_tensors():
+    network = build_network((1, 4, 4), 3, pathways=("conv", "fc"))
+    owners = {f"{name}.{path}" for name, layer in network.layers.items() for path in layer.pathways}
+    tensors = [name for name, _ in network.named_parameters() if not name.startswith("head.")]
+    assert {name.rpartition(".")[0] for name in tensors} == owners
+    for name, layer in network.layers.items():
+        assert layer is network.get_submodule(name)
+
+
 def test_paper_refuses_large_images():
     with pytest.raises(ValueError, match="at most 32×32.*33×5.*architecture='auto'"):
         build_network((1, 33, 5), 10, architecture="paper")
@@ -243,13 +270,18 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(monkeypatch):
         build_network((3, 2048, 2048), 10, pathways=("conv", "fc"))
 
 
-def test_memory_is_counted_in_bytes_of_weights_gradient_and_moments(monkeypatch):
-    count = n_weights(build_network((1, 4, 4), 3))
-    monkeypatch.setattr(networks, "_memory", lambda: 16 * count)
-    build_network((1, 4, 4), 3)
-    monkeypatch.setattr(networks, "_memory", lambda: 16 * count - 1)
-    with pytest.raises(ValueError, match=f"{count} weights.*{16 * count} bytes"):
-        build_network((1, 4, 4), 3)
+def test_memory_counts_weights_moments_factors_and_eigenvalues(monkeypatch):
+    # One block 1×1 → 1×1 with one channel of width 1, then 1 → 4 → 3: five tensors of weights.
+    network = build_network((1, 1, 1), 3, width=1, pathways=("fc",))
+    count = n_weights(network)
+    assert count == (1 + 1) + (4 + 4) + (12 + 3)
+    factors = (1 + 1) + (1 + 16) + (16 + 9)
+    needed = 16 * count + 8 * factors + 16 * 12
+    monkeypatch.setattr(networks, "_memory", lambda: needed)
+    build_network((1, 1, 1), 3, width=1, pathways=("fc",))
+    monkeypatch.setattr(networks, "_memory", lambda: needed - 1)
+    with pytest.raises(ValueError, match=f"{count} weights.*'head.output.weight'.*{needed} bytes"):
+        build_network((1, 1, 1), 3, width=1, pathways=("fc",))
 
 
 def test_memory_of_this_machine():

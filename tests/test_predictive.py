@@ -36,10 +36,11 @@ def test_outputs_are_those_of_the_network(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch_size", "n_threads"), [(16, 1), (16, 2), (7, 1), (50, 1)])
-def test_a_row_does_not_depend_on_the_others_to_the_last_bit(
-    dtype, batch_size, n_threads, threads
-):
+@pytest.mark.parametrize(
+    ("batch_size", "n_threads"),
+    [(16, 1), (7, 1), (50, 1), pytest.param(16, 2, marks=pytest.mark.slow)],
+)
+def test_a_row_does_not_depend_on_the_others_to_the_last_bit(dtype, batch_size, n_threads, threads):
     threads(n_threads)
     network, images = network_of(dtype), torch.randn(60, 1, 16, 16, dtype=dtype)
     outputs = map_outputs(network, images, batch_size)
@@ -54,6 +55,15 @@ def test_a_row_does_not_depend_on_the_others_to_the_last_bit(
     # Beside rows of another size, too.
     beside = torch.cat([1e3 * images[:5], images[5:20], -1e-3 * images[20:40]])
     assert torch.equal(map_outputs(network, beside, batch_size)[5:20], outputs[5:20])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nor_with_two_threads(dtype, threads):
+    threads(2)
+    network, images = network_of(dtype), torch.randn(20, 1, 16, 16, dtype=dtype)
+    outputs = map_outputs(network, images, 16)
+    assert torch.equal(map_outputs(network, images[3:4], 16), outputs[3:4])
+    assert torch.equal(map_outputs(network, images[5:], 16), outputs[5:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

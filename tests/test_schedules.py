@@ -433,6 +433,23 @@ def test_fix_gauge_does_nothing_inside_the_limit(by):
     torch.testing.assert_close(prior.log_precision, log_precision, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("bound", LOG_PRECISION_BOUNDS)
+def test_fix_gauge_moves_weights_and_precisions_together_at_the_bounds(bound):
+    # Both factors at a bound of log δ (a pathway that is off): precisions cannot follow beyond it,
+    # so the weights must not move either, or they would be rescaled at every evaluation.
+    network = network_of("factored_fc", shape=(1, 16, 16), width=1)
+    prior = prior_of(network)
+    names = [f"blocks.0.factored_fc.{factor}.weight" for factor in "UV"]
+    for name in names:
+        prior.set_precision(name, math.exp(bound))
+    before = squared_norms(dict(network.named_parameters()))
+    energies = [prior.precisions()[name] * before[name] for name in names]
+    fix_gauge(network, prior)
+    after = squared_norms(dict(network.named_parameters()))
+    moved = [prior.precisions()[name] * after[name] for name in names]
+    assert moved == pytest.approx(energies, rel=1e-10)
+
+
 def rounds_of_evidence(network, prior, x, targets, n_rounds):
     """Largest |drift| after each round of evidence, hyper steps and MAP along the gauge.
 

@@ -135,9 +135,9 @@ def slow_output_shares(network, x, counts):
             rolled = roll_to_largest_grid(features[0], block.stride)[None]
             for j, (name, path) in enumerate(block.pathways.items()):
                 if block.enabled[name]:
-                    energy[i, j] += count * path(
-                        rolled if name == "conv" else features
-                    ).square().sum().item()
+                    energy[i, j] += (
+                        count * path(rolled if name == "conv" else features).square().sum().item()
+                    )
             features = block(features).clamp_min(0)
     return energy / energy.sum(1, keepdims=True)
 

@@ -139,9 +139,8 @@ class Record(Callback):
 
     def on_grad_computed(self, net, **kwargs):
         named = net.module_.named_parameters()
-        self.gradients.append({name: w.grad and None or w.grad for name, w in named} if 0 else {
-            name: None if w.grad is None else w.grad.clone() for name, w in named
-        })
+        gradients = {name: None if w.grad is None else w.grad.clone() for name, w in named}
+        self.gradients.append(gradients)
 
     def on_batch_begin(self, net, batch, **kwargs):
         self.inputs.append(batch[0])
@@ -243,9 +242,7 @@ def test_weights_are_repetitions_in_the_loss():
     repeated = TrainingData(
         *(c.repeat_interleave(counts, 0) for c in (data.inputs, data.targets, data.weights)), 10.0
     )
-    losses = [
-        batch_loss(in_training(net_of(), d), d, range(len(d))) for d in (weighted, repeated)
-    ]
+    losses = [batch_loss(in_training(net_of(), d), d, range(len(d))) for d in (weighted, repeated)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
@@ -292,7 +289,7 @@ def test_recorded_loss_is_the_negative_log_joint(batch_size):
         precisions[name] = net.prior_.precisions()[name] * on
     before = weights_of(net)
     net.partial_fit(data)
-    assert_weights(net, before)
+    assert_weights(net, before, lambda w, expected: torch.allclose(w, expected, atol=1e-200))
     expected = negative_log_joint(net, data, precisions).item()
     assert net.history[0, "train_loss"] == pytest.approx(expected, rel=1e-12)
 
@@ -308,17 +305,15 @@ class Regression(nn.Module):
     def __init__(self):
         super().__init__()
         self.output = FC(4, K, (1, 1))
+        self.output.reset()
+        self.double()
 
     def forward(self, inputs):
         return self.output(inputs).flatten(1)
 
 
 def mode(data, precisions):
-    """Newton's method on the negative log joint."""
-    net = net_of(Regression)
-    net.module_.double()
-    parameters = dict(net.module_.named_parameters())
-    flat = torch.zeros(sum(w.numel() for w in parameters.values()), dtype=torch.float64)
+    """argmin of the negative log joint: a line search finds the basin, Newton's method the rest."""
 
     def loss(v):
         weight, bias = v[: 4 * K].view(K, 4), v[4 * K :]
@@ -327,10 +322,16 @@ def mode(data, precisions):
         squares = precisions[0] * weight.square().sum() + precisions[1] * bias.square().sum()
         return value + 0.5 * squares / data.n_observations
 
+    found = torch.zeros(5 * K, dtype=torch.float64)
     for _ in range(30):
-        gradient = torch.func.grad(loss)(flat)
-        flat = flat - torch.linalg.solve(torch.func.hessian(loss)(flat), gradient)
-    return flat[: 4 * K], flat[4 * K :]
+        gradient = torch.func.grad(loss)(found)
+        step = torch.linalg.solve(torch.func.hessian(loss)(found), gradient)
+        while loss(found - step) > loss(found):
+            step = step / 2
+            if step.norm() < 1e-14 * found.norm():
+                break
+        found = found - step
+    return found[: 4 * K], found[4 * K :]
 
 
 @pytest.mark.parametrize(
@@ -347,7 +348,6 @@ def test_sgd_reaches_the_mode_whether_the_prior_is_stiff_or_not(precision, impli
 
     settings = {"optimizer": "sgd", "lr": 0.1, "max_epochs": 400, "steps": 0, "burn_in": 1000}
     net = net_of(Regression, **settings, callbacks=[("look", Look())])
-    net.module_.double()
     net.prior_.set_precision("output.weight", precision)
     net.prior_.set_precision("output.bias", 1.0)
     net.partial_fit(data)
@@ -363,7 +363,6 @@ def test_stiff_decay_uses_the_rate_of_the_step():
     net = net_of(
         Regression, optimizer="sgd", lr=0.1, max_epochs=1, steps=0, burn_in=100, schedule="cooldown"
     )
-    net.module_.double()
     net.prior_.set_precision("output.weight", 240.0)
     weight = net.module_.output.weight
     before = weight.detach().clone()
@@ -498,7 +497,9 @@ def test_no_hyper_step_without_steps_or_before_the_burn_in():
     for settings in ({"steps": 0, "burn_in": 1}, {"steps": 3, "burn_in": 10}):
         net = net_of(**settings, precision=3.0)
         net.partial_fit(data_of())
-        assert list(net.prior_.precisions().values()) == pytest.approx([3.0] * 12)
+        assert list(net.prior_.precisions().values()) == pytest.approx(
+            [3.0] * len(net.prior_.names)
+        )
         assert not any("log_marginal_likelihood" in row for row in net.history)
 
 
@@ -547,7 +548,9 @@ class Script(EvidenceStep):
         if self.due(epoch):
             value = self.values[min(epoch, len(self.values)) - 1]
             net.history.record("log_marginal_likelihood", value)
-            net.effective_dimensions_ = self.dimensions.get(epoch, dict.fromkeys(weights_of(net), 9))
+            net.effective_dimensions_ = self.dimensions.get(
+                epoch, dict.fromkeys(weights_of(net), 9)
+            )
             net.prior_.log_precision.fill_(0.1 * epoch)
 
 
@@ -567,7 +570,9 @@ def test_best_state_is_restored_if_the_last_is_worse():
     assert_weights(net, record.weights[2])
     assert net.prior_.precisions() == record.precisions[2]
     # What it was is not what it became.
-    assert not torch.equal(record.weights[2]["head.output.weight"], weights_of(net)["head.output.bias"])
+    assert not torch.equal(
+        record.weights[2]["head.output.weight"], weights_of(net)["head.output.bias"]
+    )
     assert record.precisions[2] != record.precisions[5]
 
 
@@ -620,7 +625,9 @@ def test_weights_of_the_cooldown_are_averaged():
     for name, w in weights_of(net).items():
         mean = torch.stack([weights[name] for weights in record.weights[9:]]).mean(0)
         torch.testing.assert_close(w, mean, rtol=1e-12, atol=1e-14)
-    assert not torch.equal(record.weights[9]["head.output.weight"], weights_of(net)["head.output.weight"])
+    assert not torch.equal(
+        record.weights[9]["head.output.weight"], weights_of(net)["head.output.weight"]
+    )
 
 
 def test_averaging_leaves_removed_pathways_zero():
@@ -643,7 +650,9 @@ def test_averaging_leaves_removed_pathways_zero():
     torch.testing.assert_close(weights_of(net)[name], mean, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize(("schedule", "n_epochs"), [("constant", 9), ("cosine", 9), ("cooldown", 12)])
+@pytest.mark.parametrize(
+    ("schedule", "n_epochs"), [("constant", 9), ("cosine", 9), ("cooldown", 12)]
+)
 def test_training_ends_after_the_plateau(schedule, n_epochs):
     net, record = scripted(
         [*RISING[:7], 6.0], schedule=schedule, max_epochs=100, patience=2, lr=1e-3
@@ -660,7 +669,7 @@ def test_training_ends_after_the_plateau(schedule, n_epochs):
 @pytest.mark.parametrize("max_epochs", [1, 2, 3, 9])
 def test_training_never_goes_beyond_the_cap(schedule, max_epochs):
     net, _ = scripted(RISING, schedule=schedule, max_epochs=max_epochs, patience=1, lr=1e-3)
-    assert len(net.history) == max_epochs
+    assert max_epochs - (schedule == "cooldown") <= len(net.history) <= max_epochs
     assert net.course.capped
     assert not net.course.converged
 
@@ -668,7 +677,7 @@ def test_training_never_goes_beyond_the_cap(schedule, max_epochs):
 def test_release_at_the_end_of_the_burn_in():
     values = [*[0.0] * 6, *RISING]  # without a rise before the release
     net, record = scripted(
-        values, start="symmetric", burn_in=3, schedule="cooldown", max_epochs=16, patience=3
+        values, start="symmetric", burn_in=3, schedule="cooldown", max_epochs=16, patience=9
     )
     on = [enabled[0]["factored_fc"] for enabled in record.enabled]
     assert on == [False] * 2 + [True] * (len(net.history) - 2)
@@ -694,7 +703,7 @@ def test_without_a_burn_in_nothing_is_held_back():
 
 
 def test_a_course_without_release_leaves_the_pathways_as_they_are():
-    net, record = scripted(RISING, start="symmetric", burn_in=2, max_epochs=4, release=False)
+    _, record = scripted(RISING, start="symmetric", burn_in=2, max_epochs=4, release=False)
     assert all(all(on.values()) for enabled in record.enabled for on in enabled)
     assert torch.count_nonzero(record.weights[1]["blocks.0.factored_fc.U.weight"]) > 0
 

@@ -348,6 +348,13 @@ def test_class_weights_multiply_sample_weights():
     assert found.tolist() == [10, 1, 1.5, 4, 2.5]
 
 
+def test_the_weights_passed_are_not_changed():
+    weights = np.array([1.0, 2.0, 0.0, 4.0, 5.0])
+    for class_weight in ({"a": 10.0, "b": 0.5}, "balanced"):
+        weights_of(weights, class_weight)
+        assert weights.tolist() == [1.0, 2.0, 0.0, 4.0, 5.0]
+
+
 def test_balanced_classes_have_equal_weights():
     found = weights_of(class_weight="balanced")
     np.testing.assert_allclose(found, [5 / 3, 5 / 9, 5 / 9, 5 / 3, 5 / 9])
@@ -423,7 +430,9 @@ def test_devices():
 
 @pytest.mark.parametrize("device", ["cuda:99", "toaster", "", "xla"])
 def test_a_device_that_is_not_there(device):
-    with pytest.raises(ValueError, match=r"device='.*cannot be used.*device='auto'.*'cpu'") as error:
+    with pytest.raises(
+        ValueError, match=r"device='.*cannot be used.*device='auto'.*'cpu'"
+    ) as error:
         resolve_device(device)
     assert repr(device) in str(error.value)
 
