@@ -89,6 +89,7 @@ def kronecker_factors(
             log_likelihood += torch.dot(weights.double(), log_prob.double()).item()
             weight_seen += weights.double().sum().item()
             root_weight = weights.sqrt().to(inputs.dtype)
+            weighted = bool((weights != 1).any())
             if n_sketches:
                 assert generator is not None
                 columns = likelihood.hessian_sketch(detached, n_sketches, generator)
@@ -96,7 +97,7 @@ def kronecker_factors(
                 columns = likelihood.hessian_root(detached)
             columns = columns * root_weight[:, None, None]  # (n, K, columns)
             for name, (layer, inp, _) in record.items():
-                sums.setdefault(name, _FactorSums(layer)).add_input(inp, root_weight)
+                sums.setdefault(name, _FactorSums(layer)).add_input(inp, root_weight, weighted)
             pre_activations = [out for _, _, out in record.values()]
             for j in range(columns.shape[-1]):
                 grads = torch.autograd.grad(
@@ -125,9 +126,11 @@ class _FactorSums:
         self.shared = True
 
     @torch.no_grad()
-    def add_input(self, inputs: torch.Tensor, root_weight: torch.Tensor) -> None:
+    def add_input(self, inputs: torch.Tensor, root_weight: torch.Tensor, weighted: bool) -> None:
         tokens = self.layer.input_tokens(inputs)  # (n, S, B, d_in)
-        self.left += _outer(tokens * root_weight[:, None, None, None])
+        if weighted:  # spares a pass over the largest arrays there are
+            tokens = tokens * root_weight[:, None, None, None]
+        self.left += _outer(tokens)
         self.shared = tokens.shape[1] > 1 or tokens.shape[2] > 1
 
     @torch.no_grad()

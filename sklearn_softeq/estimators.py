@@ -93,8 +93,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         Start of every precision, in units of 1 / weight².
     burn_in : int, default=20
         Epochs before the first evidence, at most half of ``max_epochs``. The paper has 10.
-    evidence_every : int, default=4
-        Epochs from one evidence to the next. The paper has 5.
+    evidence_every : int, default=5
+        Epochs from one evidence to the next, as in the paper.
     hyper_solver : {"fixed_point", "adam"}, default="fixed_point"
         How the precisions ascend: MacKay's fixed point, damped, needs no rate to be tuned; Adam
         is the paper's.
@@ -261,7 +261,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         start="symmetric",
         prior_precision=1.0,
         burn_in=20,
-        evidence_every=4,
+        evidence_every=5,
         hyper_solver="fixed_point",
         hyper_steps=5,
         hyper_lr=None,

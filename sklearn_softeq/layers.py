@@ -106,7 +106,7 @@ class FactorU(SharedLinear):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         pixels = inputs.flatten(2).transpose(0, 1)  # (C, n, X)
-        return torch.bmm(pixels, self.weight.transpose(1, 2)) + self.bias  # (C, n, D)
+        return torch.baddbmm(self.bias, pixels, self.weight.transpose(1, 2))  # (C, n, D)
 
     def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs.flatten(2)[:, None]  # (n, 1, C, X)
@@ -120,7 +120,7 @@ class FactorV(SharedLinear):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         channels = hidden.permute(2, 1, 0)  # (D, n, C)
-        return torch.bmm(channels, self.weight.transpose(1, 2)) + self.bias  # (D, n, Y)
+        return torch.baddbmm(self.bias, channels, self.weight.transpose(1, 2))  # (D, n, Y)
 
     def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs.permute(1, 2, 0)[:, None]  # (n, 1, D, C)
@@ -238,10 +238,12 @@ class PathwaySum(nn.Module):
         rolled = inputs
         if self.stride != (1, 1) and any(p.equivariant for p in paths.values()):
             rolled = keep_largest_grid(inputs, self.stride)
-        return {
-            name: path(rolled if path.equivariant else inputs) * self.scale
-            for name, path in paths.items()
+        outputs = {
+            name: path(rolled if path.equivariant else inputs) for name, path in paths.items()
         }
+        if self.scale == 1.0:  # spares a pass over the features
+            return outputs
+        return {name: output * self.scale for name, output in outputs.items()}
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         assert any(self.enabled.values()), "a layer needs a pathway"

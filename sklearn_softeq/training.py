@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +34,11 @@ __all__ = [
     "choose_sketches",
 ]
 
-#: Name → (class, its settings). Momentum is the paper's.
-OPTIMIZERS = {"adam": (torch.optim.Adam, {}), "sgd": (torch.optim.SGD, {"momentum": 0.9})}
+#: Name → (class, its settings). Momentum is the paper's; fused: one kernel, not a dozen passes.
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adam": (torch.optim.Adam, {"fused": True}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9, "fused": True}),
+}
 
 #: Rows of one curvature pass; bounds its memory.
 CURVATURE_BATCH = 256

@@ -85,7 +85,7 @@ def test_fitted_attributes(fitted, digits):
 
 def test_history_holds_the_evidence_and_its_terms(fitted):
     history = fitted.history_
-    np.testing.assert_array_equal(history["epoch"], np.arange(20, 61, 4))
+    np.testing.assert_array_equal(history["epoch"], np.arange(20, 61, 5))
     np.testing.assert_allclose(
         history["log_marginal_likelihood"],
         history["log_likelihood"] - 0.5 * history["scatter"] - 0.5 * history["log_det_ratio"],
@@ -131,7 +131,7 @@ def test_output_is_silent_unless_asked(digits, capsys):
     assert capsys.readouterr().out == ""
     SoftEquivariantClassifier(**FAST, verbose=1).fit(*digits)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == [f"epoch {e}" for e in range(20, 61, 4)]
+    assert [line.split(":")[0] for line in lines] == [f"epoch {e}" for e in range(20, 61, 5)]
     assert "log evidence" in lines[0]
 
 
@@ -336,7 +336,7 @@ def test_partial_fit(digits):
             clf.partial_fit(images[chunk], labels[chunk], classes=[0, 1, 2])
     assert clf.n_iter_ == 80
     assert clf.n_observations_ == 80 * 75
-    np.testing.assert_array_equal(clf.history_["epoch"], np.arange(30, 81, 4))
+    np.testing.assert_array_equal(clf.history_["epoch"], np.arange(30, 81, 5))
     assert clf.score(images, labels) > 0.9
     before = clf.predict_proba(images)
     with pytest.raises(ValueError, match="not among the classes"):
