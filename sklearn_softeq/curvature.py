@@ -130,19 +130,19 @@ class _FactorSums:
         tokens = self.layer.input_tokens(inputs)  # (n, S, B, d_in)
         if weighted:  # spares a pass over the largest arrays there are
             tokens = tokens * root_weight[:, None, None, None]
-        self.left += _outer(tokens)
+        self.left += _outer(tokens)  # Eq. A
         self.shared = tokens.shape[1] > 1 or tokens.shape[2] > 1
 
     @torch.no_grad()
     def add_gradient(self, grad: torch.Tensor) -> None:
         tokens = self.layer.output_tokens(grad)  # (n, S, B, d_out)
-        self.right += _outer(tokens) / tokens.shape[1]
+        self.right += _outer(tokens) / tokens.shape[1]  # Eq. Γ
         if self.shared:
-            self.bias += _outer(tokens.sum((1, 2), keepdim=True))
+            self.bias += _outer(tokens.sum((1, 2), keepdim=True))  # Eq. H of the bias
 
     def finish(self, seen: float, total: float) -> tuple[Kronecker, Kronecker]:
         """Curvature of weight and bias for N = total from sums over weight m = seen."""
-        right = self.right * (total / seen**2)  # H = A ⊗ Γ / m, times N/m
+        right = self.right * (total / seen**2)  # Eq. H = A ⊗ Γ / m, times N/m
         weight = Kronecker(self.left, right)
         one = self.left.new_ones(1, 1, 1)
         if self.shared:

@@ -209,8 +209,8 @@ class MarginalLikelihoodDisplay:
         Σ δ‖w‖² over the weight tensors.
     log_det_ratio : array-like of shape (n_evaluations,)
         Σ log(1 + λμ/δ), the log determinant of the posterior precision over the prior's.
-    n_samples : float
-        Number of training samples, or the sum of their weights.
+    n_samples : float or array-like of shape (n_evaluations,)
+        Number of training samples, or the sum of their weights, at each evaluation.
     estimator_name : str or None, default=None
         Name of the estimator, for the title.
 
@@ -274,15 +274,22 @@ class MarginalLikelihoodDisplay:
         ------
         sklearn.exceptions.NotFittedError
             If the estimator is not fitted.
+        ValueError
+            If it evaluated no evidence while it trained.
         """
         estimator = _fitted(estimator)
         history = estimator.history_
+        if not len(history["epoch"]):
+            raise ValueError(
+                "The estimator recorded no evidence during training: it was fitted with "
+                "learn_prior=False, or stopped before burn_in. Fit it with learn_prior=True."
+            )
         display = cls(
             epochs=history["epoch"],
             log_likelihood=history["log_likelihood"],
             scatter=history["scatter"],
             log_det_ratio=history["log_det_ratio"],
-            n_samples=estimator.n_observations_,
+            n_samples=history["n_observations"],
             estimator_name=type(estimator).__name__ if name is None else name,
         )
         return display.plot(ax=ax)
@@ -336,7 +343,8 @@ class MarginalLikelihoodDisplay:
 
 
 def _fitted(estimator):
-    """The estimator, or the last step of a pipeline, once it is known to be fitted."""
+    """The classifier in a search or at the end of a pipeline, once it is known to be fitted."""
+    estimator = getattr(estimator, "best_estimator_", estimator)
     last = estimator[-1] if isinstance(estimator, Pipeline) else estimator
     check_is_fitted(last)
     return last

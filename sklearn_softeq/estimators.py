@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import ClassVar
 
@@ -21,6 +22,7 @@ from .networks import ARCHITECTURES, build_network
 from .predictive import log_odds, map_outputs
 from .schedules import LR_SCHEDULES, STARTS, LearningRate, Plateau
 from .symmetry import (
+    enabled_table,
     equivariance_errors,
     layer_names,
     output_shares,
@@ -43,6 +45,7 @@ from .training import (
 from .validation import (
     check_classes,
     check_images,
+    check_incremental_class_weight,
     check_names,
     check_same_shape,
     check_weights,
@@ -131,8 +134,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         Of the weights. "sgd" has momentum 0.9 (the paper).
     class_weight : dict or "balanced", default=None
         Weights of the classes; they multiply ``sample_weight``.
-    device : str, default="auto"
-        "auto" takes a CUDA device if there is one; otherwise torch's notation.
+    device : str or torch.device, default="auto"
+        "auto" takes a CUDA device if there is one; else "cpu", "cuda" or "cuda:N". Where no
+        CUDA device is to be had, a warning says so and the CPU serves.
     dtype : {"auto", "float32", "float64"}, default="auto"
         Of the computation. "auto": float64 for float64 input on the CPU, else float32.
     random_state : int, RandomState instance or None, default=None
@@ -140,7 +144,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     warm_start : bool, default=False
         Begin a further ``fit`` from the weights and precisions of the last one.
     callbacks : list of skorch callbacks, default=None
-        They are copied; see skorch.
+        They are copied. There is no validation set: what can be monitored in the history is
+        "train_loss" and, at each evaluation, "log_marginal_likelihood" and its terms. A
+        scheduler of the learning rate needs ``lr_schedule="constant"``.
     verbose : int, default=0
         1 prints a line at each evaluation.
 
@@ -171,8 +177,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     scores_ : ndarray
         Log marginal likelihood at each evaluation, in nats.
     history_ : dict of ndarray
-        By evaluation: "epoch", "log_likelihood", "scatter", "log_det_ratio" and
-        "log_marginal_likelihood" = log_likelihood − ½ scatter − ½ log_det_ratio, in nats.
+        By evaluation: "epoch", "n_observations" (N at that time), "log_likelihood", "scatter",
+        "log_det_ratio" and "log_marginal_likelihood" = log_likelihood − ½ scatter −
+        ½ log_det_ratio, in nats.
     log_marginal_likelihood_value_ : float
         Laplace estimate of log p(y | X) of the whole training set at the end, in nats. Compare
         precisions or pathways within one start by it; between architectures or settings a
@@ -185,7 +192,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         The P pathways.
     prior_precision_ : ndarray of shape (L, P)
         Precision of each pathway's weights; of a product of factors √(δ_U δ_V), which does not
-        depend on how the scale is shared between them; inf where a pathway was removed.
+        depend on how the scale is shared between them; inf where a pathway was removed, NaN where
+        it was still held back (training ended before ``burn_in``).
     effective_dimensions_ : ndarray of shape (L, P)
         γ: how many directions of each pathway's weights the data determine.
     n_weights_ : ndarray of shape (L, P)
@@ -215,6 +223,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     """
 
     image_shape_: tuple[int, int, int]
+    device_: torch.device
 
     _parameter_constraints: ClassVar[dict] = {
         "pathways": ["array-like", str],
@@ -241,7 +250,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         "lr_schedule": [StrOptions(set(LR_SCHEDULES))],
         "optimizer": [StrOptions(set(OPTIMIZERS))],
         "class_weight": [dict, StrOptions({"balanced"}), None],
-        "device": [str],
+        "device": [str, torch.device],
         "dtype": [StrOptions({"auto", "float32", "float64"})],
         "random_state": ["random_state"],
         "warm_start": ["boolean"],
@@ -320,7 +329,12 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         return tags
 
     def __sklearn_is_fitted__(self):
-        return "module_" in vars(self)
+        return "net_" in vars(self)
+
+    @property
+    def module_(self):
+        """The net's network; a property, so that no copy of it is ever pickled beside the net."""
+        return self.net_.module_
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X, y, sample_weight=None):
@@ -353,15 +367,10 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         """
         previous = self.net_ if self.warm_start and self.__sklearn_is_fitted__() else None
         classes = self.classes_ if previous else None
-        self._forget()
-        try:
+        with self._unchanged_on_error():
             data = self._prepare(X, y, sample_weight, classes)
             net = self._build_net(data, previous)
-            net.partial_fit(data)
-            self._record(net, data)
-        except BaseException:
-            self._forget()
-            raise
+        self._train(net, data)
         self._warn_if_not_converged()
         return self
 
@@ -369,8 +378,10 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     def partial_fit(self, X, y, classes=None, sample_weight=None):
         """Train one epoch on a chunk of data.
 
-        N is the weight of all chunks so far; the evidence is that of the present chunk, scaled
-        up to N. The learning rate stays constant; burn-in and evidence count calls as epochs.
+        N is the weight of all chunks so far, so a second pass over the same rows counts them
+        again; the evidence is that of the present chunk, scaled up to N. Standardisation is that
+        of the first chunk. The learning rate stays constant; burn-in and evidence count calls as
+        epochs.
 
         Parameters
         ----------
@@ -395,27 +406,40 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         """
         previous = self.net_ if self.__sklearn_is_fitted__() else None
         classes = check_classes(classes, self.classes_ if previous else None)
-        data = self._prepare(X, y, sample_weight, classes, first=previous is None)
-        try:
+        check_incremental_class_weight(self.class_weight)
+        with self._unchanged_on_error():
+            data = self._prepare(X, y, sample_weight, classes, first=previous is None)
             net = previous
             if net is None or not net.course.endless:
                 net = self._build_net(data, previous, endless=True)
+        self._train(net, data)
+        return self
+
+    @contextmanager
+    def _unchanged_on_error(self):
+        """A call that is refused leaves the estimator as it was."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    def _train(self, net: SoftEquivariantNet, data: TrainingData) -> None:
+        """Train and record; what fails half way must not pass for a fitted model."""
+        try:
             net.partial_fit(data)
             self._record(net, data)
         except BaseException:
-            self._forget()
+            for name in [name for name in vars(self) if name.endswith("_")]:
+                delattr(self, name)
             raise
-        return self
-
-    def _forget(self) -> None:
-        """Drop everything fitted: what failed half way must not pass for a fitted model."""
-        for name in [name for name in vars(self) if name.endswith("_")]:
-            delattr(self, name)
 
     def _prepare(self, X, y, sample_weight, classes, first=True) -> TrainingData:
         """Check everything that a user passes; the rows of positive weight on the device."""
         check_names(self.pathways, PATHWAYS, "pathways")
-        device = resolve_device(self.device)
+        device = resolve_device(self.device) if first else self.device_
         X, y, found = check_images(self, X, y, reset=first)
         if first:
             shape = resolve_image_shape(self.image_shape, found, X.shape[1])
@@ -431,6 +455,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         if first:
             self._set_standardizer(X, weights, shape[0])
         inputs = self._as_images(X)
+        if not first:
+            inputs = inputs.to(next(self.module_.parameters()).dtype)
         seen = weights.sum() + (0.0 if first else self.n_observations_)
         return TrainingData(
             inputs.to(device),
@@ -468,18 +494,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     def _build_net(self, data, previous, endless=False) -> SoftEquivariantNet:
         """A net that is ready to train, from a random start or from a previous net."""
         seeds = check_random_state(self.random_state).randint(2**31 - 1, size=3).tolist()
-        evidence = self._evidence_step(data, seeds[0])
-        tol = max(self.tol, 1.0 / data.n_observations)
-        course = Course(
-            evidence,
-            STARTS[self.start](),
-            LearningRate("constant" if endless else self.lr_schedule, self.lr, self.max_epochs),
-            Plateau(tol, self.n_iter_no_change),
-            self.keep_best,
-            release=previous is None,
-            endless=endless,
-        )
         optimizer, settings = OPTIMIZERS[self.optimizer]
+        pathways = check_names(self.pathways, PATHWAYS, "pathways")
         net = SoftEquivariantNet(
             build_network,
             criterion=Categorical,
@@ -490,30 +506,40 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             iterator_train=Batches,
             iterator_train__random_state=np.random.RandomState(seeds[1]),
             train_split=None,
-            callbacks=self._callbacks(evidence, course),
+            callbacks=self._callbacks(data, previous, endless, seeds[0]),
             verbose=0,
             device=str(self.device_),
             prior_precision=self.prior_precision,
             seed=seeds[2],
             module__image_shape=self.image_shape_,
             module__n_outputs=len(self.classes_),
-            module__pathways=check_names(self.pathways, PATHWAYS, "pathways"),
+            module__pathways=pathways,
             module__architecture=self.architecture,
             module__width=self.width,
-            module__scale=STARTS[self.start].scale,
+            module__scale=STARTS[self.start].scale(pathways),
             module__dtype=data.inputs.dtype,
             **{f"optimizer__{name}": value for name, value in settings.items()},
         )
         net.initialize()
         if previous is not None:
-            net.take_over(previous)
+            net.take_over(previous, history=endless)
         return net
 
-    def _callbacks(self, evidence: EvidenceStep, course: Course) -> list:
-        """Ours, then copies of the user's, which find our entries in the history, then output."""
+    def _callbacks(self, data, previous, endless: bool, seed: int) -> list:
+        """Ours, then copies of the user's, which find our entries in the history."""
+        evidence = self._evidence_step(data, seed)
+        course = Course(
+            evidence,
+            STARTS[self.start](),
+            LearningRate("constant" if endless else self.lr_schedule, self.lr, self.max_epochs),
+            Plateau(max(self.tol, 1.0 / data.n_observations), self.n_iter_no_change),
+            self.keep_best,
+            holding=previous is None or previous.course.holding,
+            endless=endless,
+        )
         output = [("progress", ProgressLine())] if self.verbose else []
         users = copy.deepcopy(list(self.callbacks or ()))
-        return [("evidence", evidence), ("course", course), *users, *output]
+        return [("evidence", evidence), *output, ("course", course), *users]
 
     def _evidence_step(self, data: TrainingData, seed: int) -> EvidenceStep:
         solver = HYPER_SOLVERS[self.hyper_solver]
@@ -535,8 +561,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         dimensions = net.laplace_.effective_dimensions(log_precision)
         evidence = net.laplace_.evidence(log_precision).value
         del net.laplace_  # its spectra have served
-        network, enabled = net.module_, net.enabled_tensors()
-        self.net_, self.module_ = net, network
+        network = net.module_
+        self.net_ = net
         self.n_iter_ = len(net.history)
         self.n_observations_ = data.n_observations
         self.loss_curve_ = np.array(net.history[:, "train_loss"])
@@ -545,8 +571,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.scores_ = (
             self.history_["log_marginal_likelihood"] if self.learn_prior else np.array([evidence])
         )
+        removed = net.removed_tensors()
         self.prior_precisions_by_name_ = {
-            name: value if name in enabled else np.inf
+            name: np.inf if name in removed else value
             for name, value in net.prior_.precisions().items()
         }
         self.layer_names_ = layer_names(network)
@@ -555,8 +582,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.effective_dimensions_ = sum_table(network, dimensions)
         sizes = {name: tensor.numel() for name, tensor in network.named_parameters()}
         self.n_weights_ = sum_table(network, sizes).astype(np.int64)
-        self.symmetry_ = shares(self.effective_dimensions_)
-        self.symmetry_per_weight_ = shares(self.effective_dimensions_ / self.n_weights_)
+        enabled = enabled_table(network)
+        self.symmetry_ = shares(self.effective_dimensions_, enabled)
+        self.symmetry_per_weight_ = shares(self.effective_dimensions_ / self.n_weights_, enabled)
         self.output_share_ = output_shares(network, data.in_order(CURVATURE_BATCH))
 
     def _warn_if_not_converged(self) -> None:
@@ -672,5 +700,6 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
 def _evaluations(net: SoftEquivariantNet) -> dict[str, np.ndarray]:
     rows = [row for row in net.history if "log_marginal_likelihood" in row]
-    terms = ("epoch", "log_likelihood", "scatter", "log_det_ratio", "log_marginal_likelihood")
-    return {term: np.array([row[term] for row in rows]) for term in terms}
+    terms = ("log_likelihood", "scatter", "log_det_ratio", "log_marginal_likelihood")
+    columns = ("epoch", "n_observations", *terms)
+    return {column: np.array([row[column] for row in rows]) for column in columns}

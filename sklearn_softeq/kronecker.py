@@ -33,12 +33,12 @@ class Spectrum:
 
     def log_det_ratio(self, precision: torch.Tensor) -> torch.Tensor:
         """log det(H + δ) − log det(δ) = Σ_b Σ_ij log(1 + λ_i μ_j / δ)."""
-        return torch.log1p(self.eigenvalues() / precision).sum()
+        return torch.log1p(self.eigenvalues() / precision).sum()  # Eq. log determinant
 
     def effective_dimensions(self, precision: torch.Tensor) -> torch.Tensor:
         """γ = Σ_b Σ_ij λ_i μ_j / (λ_i μ_j + δ), between 0 and the number of weights."""
         products = self.eigenvalues()
-        return (products / (products + precision)).sum()
+        return (products / (products + precision)).sum()  # Eq. effective dimensions
 
 
 @dataclass(frozen=True, eq=False)

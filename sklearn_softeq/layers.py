@@ -34,11 +34,13 @@ class SharedLinear(nn.Module, ABC):
         self.weight = nn.Parameter(torch.empty(n_blocks, n_out, n_in))
         self.bias = nn.Parameter(torch.zeros(n_out))
 
-    def draw(self, variance: float) -> None:
-        """Draw the weights uniformly with this variance; biases are 0."""
+    @torch.no_grad()
+    def draw(self, variance: float, generator: torch.Generator | None) -> None:
+        """Draw the weights uniformly with this variance, on the CPU; biases are 0."""
         bound = math.sqrt(3.0 * variance)
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.zeros_(self.bias)
+        weight = torch.empty(self.weight.shape, dtype=self.weight.dtype)
+        self.weight.copy_(weight.uniform_(-bound, bound, generator=generator))
+        self.bias.zero_()
 
     @abstractmethod
     def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -66,8 +68,14 @@ class Pathway(nn.Module, ABC):
     factor_names: tuple[str, ...] = ("weight",)
 
     @abstractmethod
-    def reset(self) -> None:
-        """Draw a random start whose outputs have about the size of the inputs."""
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draw a random start whose outputs have about the size of the inputs.
+
+        Parameters
+        ----------
+        generator : torch.Generator, optional
+            On the CPU; default: torch's global one.
+        """
 
     def silence(self) -> None:
         """Make the map exactly zero while a gradient can still bring it to life."""
@@ -86,9 +94,9 @@ class FC(SharedLinear, Pathway):
         self.output_shape = (out_channels, *_strided(grid, stride))
         super().__init__(1, in_channels * math.prod(grid), math.prod(self.output_shape))
 
-    def reset(self) -> None:
+    def reset(self, generator: torch.Generator | None = None) -> None:
         # Kaiming's variance 2/fan_in keeps the signal through ReLU.
-        self.draw(2.0 / self.weight.shape[-1])
+        self.draw(2.0 / self.weight.shape[-1], generator)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         outputs = torch.addmm(self.bias, inputs.flatten(1), self.weight[0].T)  # (n, D·Y)
@@ -145,9 +153,9 @@ class FactoredFC(Pathway):
         self.U = FactorU(in_channels, math.prod(grid), out_channels)
         self.V = FactorV(out_channels, in_channels, math.prod(self.output_grid))
 
-    def reset(self) -> None:
-        self.U.draw(1.0 / self.U.weight.shape[-1])
-        self.V.draw(1.0 / self.V.weight.shape[-1])
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        for factor in (self.U, self.V):
+            factor.draw(1.0 / factor.weight.shape[-1], generator)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         outputs = self.V(self.U(inputs))  # (D, n, Y)
@@ -168,8 +176,8 @@ class Conv(SharedLinear, Pathway):
         self.stride = stride
         super().__init__(1, in_channels * math.prod(self.kernel), out_channels)
 
-    def reset(self) -> None:
-        self.draw(2.0 / self.weight.shape[-1])
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        self.draw(2.0 / self.weight.shape[-1], generator)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         filters = self.weight.view(-1, self.in_channels, *self.kernel)  # (D, C, k, k)
@@ -232,6 +240,17 @@ class PathwaySum(nn.Module):
         """Restore what is switched off."""
         self.enabled = dict(state)
 
+    @torch.no_grad()
+    def remove(self, name: str) -> None:
+        """Switch a pathway off for good: its weights become exactly zero."""
+        self.enabled[name] = False
+        for parameter in self.pathways[name].parameters():
+            parameter.zero_()
+
+    def removed(self, name: str) -> bool:
+        """Whether a pathway was removed, as against held back until later."""
+        return not self.enabled[name] and not any(p.any() for p in self.pathways[name].parameters())
+
     def outputs(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """The scaled output of each pathway that is switched on."""
         paths = {name: path for name, path in self.pathways.items() if self.enabled[name]}
@@ -265,7 +284,7 @@ def keep_largest_grid(inputs: torch.Tensor, stride: Grid) -> torch.Tensor:
     rows, columns = stride
     cells = inputs.detach().square().sum(1)  # (n, H, W)
     cells = cells.view(n, height // rows, rows, width // columns, columns)
-    norms = cells.sum((1, 3)).flatten(1)  # (n, rows · columns)
+    norms = cells.sum((1, 3)).flatten(1)  # Eq. polyphase choice, (n, rows · columns)
     best = norms.argmax(1)
     for dim, phase in ((2, best // columns), (3, best % columns)):
         moved = (phase == 1)[:, None, None, None]

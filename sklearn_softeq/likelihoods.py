@@ -39,11 +39,11 @@ class Categorical:
         """
         p = outputs.softmax(dim=-1)  # (n, K)
         root = p.sqrt()
-        s = torch.diag_embed(root) - p[:, :, None] * root[:, None, :]  # (n, K, K)
+        s = torch.diag_embed(root) - p[:, :, None] * root[:, None, :]  # Eq. root S, (n, K, K)
         v = root.clone()
         v[:, -1] += 1.0  # + and not −: no cancellation, vᵀv >= 1
         reflected = 2.0 * (s @ v[:, :, None]) / (v * v).sum(-1)[:, None, None]  # (n, K, 1)
-        return (s - reflected * v[:, None, :])[:, :, :-1]
+        return (s - reflected * v[:, None, :])[:, :, :-1]  # Eq. S Q, its last column is 0
 
     def hessian_sketch(
         self, outputs: torch.Tensor, n_sketches: int, generator: torch.Generator
@@ -58,6 +58,7 @@ class Categorical:
         """
         p = outputs.softmax(dim=-1)[:, :, None]  # (n, K, 1)
         signed = p.sqrt() * _signs(outputs, n_sketches, generator)
+        # Eq. sketch S r, without forming S
         return (signed - p * signed.sum(1, keepdim=True)) / math.sqrt(n_sketches)
 
 

@@ -33,7 +33,7 @@ class Evidence(NamedTuple):
     @property
     def value(self) -> float:
         """log q(D | δ)."""
-        return self.log_likelihood - 0.5 * self.scatter - 0.5 * self.log_det_ratio
+        return self.log_likelihood - 0.5 * self.scatter - 0.5 * self.log_det_ratio  # Eq. evidence
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class LaplaceEvidence:
     def gradient(self, log_precision: torch.Tensor) -> torch.Tensor:
         """∂ log q / ∂ log δ = ½ (γ − δ ‖w‖²)."""
         gamma, squares = self.balance(log_precision)
-        return 0.5 * (gamma - log_precision.exp() * squares)
+        return 0.5 * (gamma - log_precision.exp() * squares)  # Eq. gradient
 
     def _squares(self, log_precision: torch.Tensor) -> torch.Tensor:
         squares = torch.zeros_like(log_precision)
@@ -114,7 +114,7 @@ class FixedPointSolver:
     def step(self, objective: LaplaceEvidence, log_precision: torch.Tensor) -> torch.Tensor:
         """One update of the vector log δ."""
         gamma, squares = objective.balance(log_precision)
-        target = gamma.clamp_min(_TINY).log() - squares.clamp_min(_TINY).log()
+        target = gamma.clamp_min(_TINY).log() - squares.clamp_min(_TINY).log()  # Eq. fixed point
         # A tensor with neither weights nor dimensions (it is off) says nothing about δ.
         silent = (gamma <= _TINY) & (squares <= _TINY)
         step = torch.where(silent, 0.0, self.rate * (target - log_precision))

@@ -65,8 +65,9 @@ def build_network(
     width: int = 8,
     scale: str = "sqrt",
     dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
 ) -> SoftEquivariantNetwork:
-    """Build and start a network; random numbers come from torch's global generator.
+    """Build and start a network.
 
     Parameters
     ----------
@@ -86,6 +87,8 @@ def build_network(
         Factor of the sum of the pathways.
     dtype : torch.dtype
         Of the weights.
+    generator : torch.Generator, optional
+        Source of the start, on the CPU; default: torch's global one.
 
     Returns
     -------
@@ -99,12 +102,14 @@ def build_network(
     canvas, strides = ARCHITECTURES[architecture](image_shape)
     with torch.device("meta"):
         # Shapes only: what it would take is known before anything is allocated.
-        _check_memory(_assemble(image_shape[0], n_outputs, pathways, canvas, strides, width, scale))
+        sketch = _assemble(image_shape[0], n_outputs, pathways, canvas, strides, width, scale)
+    _check_memory(sketch, dtype.itemsize)
     network = _assemble(image_shape[0], n_outputs, pathways, canvas, strides, width, scale)
+    network.to(dtype)
     for module in network.modules():
         if isinstance(module, Pathway):
-            module.reset()
-    return network.to(dtype)
+            module.reset(generator)
+    return network
 
 
 def _assemble(
@@ -163,7 +168,7 @@ def _auto(image_shape: tuple[int, int, int]) -> tuple[Grid, list[Grid]]:
 ARCHITECTURES = {"auto": _auto, "paper": _paper}
 
 
-def _check_memory(network: SoftEquivariantNetwork) -> None:
+def _check_memory(network: SoftEquivariantNetwork, itemsize: int) -> None:
     """Refuse a network whose training would not fit.
 
     Counted are weights, gradients and Adam's two moments, the curvature factors of every map
@@ -173,7 +178,7 @@ def _check_memory(network: SoftEquivariantNetwork) -> None:
     shapes = [m.weight.shape for m in network.modules() if isinstance(m, SharedLinear)]
     factors = sum(blocks * (n_out**2 + n_in**2) for blocks, n_out, n_in in shapes)
     largest = max(sizes, key=lambda name: sizes[name])
-    needed = 4 * 4 * sum(sizes.values()) + 2 * 4 * factors + 2 * 8 * sizes[largest]
+    needed = itemsize * (4 * sum(sizes.values()) + 2 * factors) + 2 * 8 * sizes[largest]
     present = _memory()
     if needed > present:
         raise ValueError(

@@ -5,14 +5,16 @@ from torch import nn
 
 __all__ = ["log_odds", "map_outputs"]
 
+_TILE = 16  # rows; a multiple of the tile of every matrix kernel that was met
+
 
 @torch.no_grad()
 def map_outputs(network: nn.Module, inputs: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Outputs f of the network, shape (n, K), float64 on the CPU.
 
-    Every batch is padded to ``batch_size`` rows: matrix products choose their order of summation
-    by the shapes, so only then a row's result does not depend, to the last bit, on how many rows
-    it is predicted with.
+    Every batch is padded to one number of rows, a multiple of 16: matrix products choose their
+    order of summation by the shapes, and another one for rows at the edge of a tile, so only then
+    a row's result does not depend, to the last bit, on the rows that it is predicted with.
 
     Parameters
     ----------
@@ -21,12 +23,13 @@ def map_outputs(network: nn.Module, inputs: torch.Tensor, batch_size: int) -> to
     inputs : tensor of shape (n, C, H, W)
         On the CPU; batches are moved to the device of the network.
     batch_size : int
-        Rows in one pass.
+        Rows in one pass, rounded up to a multiple of 16.
     """
     device = next(network.parameters()).device
+    n_rows = -(-batch_size // _TILE) * _TILE
     outputs = []
-    for batch in inputs.split(batch_size):
-        padded = batch.new_zeros(batch_size, *batch.shape[1:])
+    for batch in inputs.split(n_rows):
+        padded = batch.new_zeros(n_rows, *batch.shape[1:])
         padded[: len(batch)] = batch
         outputs.append(network(padded.to(device))[: len(batch)].cpu().double())
     return torch.cat(outputs)
@@ -45,5 +48,5 @@ def log_odds(outputs: torch.Tensor) -> torch.Tensor:
     odds = []
     for k in range(n_classes):
         others = torch.cat([outputs[:, :k], outputs[:, k + 1 :]], 1)
-        odds.append(outputs[:, k] - others.logsumexp(1))
+        odds.append(outputs[:, k] - others.logsumexp(1))  # Eq. log odds
     return torch.stack(odds, 1)

@@ -6,14 +6,13 @@ pathways of a network.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 
 from .hyperparameters import LayerwisePrior
-from .layers import Pathway, PathwaySum
+from .layers import PATHWAYS, Pathway, PathwaySum
 from .networks import SoftEquivariantNetwork
 
 __all__ = [
@@ -154,12 +153,21 @@ def _free_pathways(network: SoftEquivariantNetwork) -> list[Entry]:
 class JointStart:
     """All pathways at once, from random weights (the paper)."""
 
-    scale: ClassVar[str] = "sqrt"
+    @staticmethod
+    def scale(pathways: Iterable[str]) -> str:
+        """Factor of the sum of these pathways, a key of ``networks.SCALES``."""
+        return "sqrt"
 
     def begin(self, network: SoftEquivariantNetwork) -> None:
         """Nothing is held back."""
 
-    def release(self, network: SoftEquivariantNetwork, prior: LayerwisePrior, learn: bool) -> bool:
+    def release(
+        self,
+        network: SoftEquivariantNetwork,
+        prior: LayerwisePrior,
+        learn: bool,
+        generator: torch.Generator | None = None,
+    ) -> bool:
         """Nothing to release."""
         return False
 
@@ -179,17 +187,28 @@ class SymmetricStart:
     zero and its computation is skipped.
     """
 
-    scale: ClassVar[str] = "sum"
     threshold: float = 1.0
     patience: int = 3
     low: dict[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def scale(pathways: Iterable[str]) -> str:
+        """The plain sum, if some pathways are held back and the others start alone."""
+        kinds = [PATHWAYS[name].equivariant for name in pathways]
+        return "sum" if any(kinds) and not all(kinds) else "sqrt"
 
     def begin(self, network: SoftEquivariantNetwork) -> None:
         """Switch the free pathways off."""
         for _, block, name, _ in _free_pathways(network):
             block.enabled[name] = False
 
-    def release(self, network: SoftEquivariantNetwork, prior: LayerwisePrior, learn: bool) -> bool:
+    def release(
+        self,
+        network: SoftEquivariantNetwork,
+        prior: LayerwisePrior,
+        learn: bool,
+        generator: torch.Generator | None = None,
+    ) -> bool:
         """Switch the free pathways on, at zero; whether there were any.
 
         Where precisions are learned (``learn``), those of the free pathways start at the scale
@@ -197,7 +216,7 @@ class SymmetricStart:
         """
         free = _free_pathways(network)
         for prefix, block, name, pathway in free:
-            pathway.reset()
+            pathway.reset(generator)
             for factor in pathway.factor_names if learn else ():
                 mean_square = pathway.get_parameter(factor).detach().square().mean().item()
                 prior.set_precision(f"{prefix}.{factor}", 1.0 / mean_square)
@@ -205,7 +224,6 @@ class SymmetricStart:
             block.enabled[name] = True
         return bool(free)
 
-    @torch.no_grad()
     def prune(
         self, network: SoftEquivariantNetwork, effective_dimensions: Mapping[str, float]
     ) -> None:
@@ -217,9 +235,7 @@ class SymmetricStart:
             gamma = sum(effective_dimensions[tensor] for tensor in tensors)
             self.low[prefix] = self.low.get(prefix, 0) + 1 if gamma < self.threshold else 0
             if self.low[prefix] >= self.patience:
-                block.enabled[name] = False
-                for parameter in pathway.parameters():
-                    parameter.zero_()
+                block.remove(name)
 
 
 Start = JointStart | SymmetricStart
@@ -243,7 +259,7 @@ def fix_gauge(network: SoftEquivariantNetwork, prior: LayerwisePrior) -> None:
         first, second = pathway.get_parameter(u), pathway.get_parameter(v)
         ratio = precisions[f"{prefix}.{u}"] / precisions[f"{prefix}.{v}"]
         drift = math.log(ratio * second.shape[-1] / first.shape[-1])
-        a = math.exp((drift - max(-GAUGE_LIMIT, min(GAUGE_LIMIT, drift))) / 4)
+        a = math.exp((drift - max(-GAUGE_LIMIT, min(GAUGE_LIMIT, drift))) / 4)  # Eq. gauge
         # U brings its bias along: V (U x + b).
         for name, scale in ((u, a), (u.replace("weight", "bias"), a), (v, 1 / a)):
             pathway.get_parameter(name).mul_(scale)

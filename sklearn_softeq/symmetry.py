@@ -13,6 +13,7 @@ from .groups import Translation
 from .networks import SoftEquivariantNetwork
 
 __all__ = [
+    "enabled_table",
     "equivariance_errors",
     "layer_names",
     "output_shares",
@@ -44,24 +45,34 @@ def sum_table(network: SoftEquivariantNetwork, values: Mapping[str, float]) -> n
 
 
 def precision_table(network: SoftEquivariantNetwork, precisions: Mapping[str, float]) -> np.ndarray:
-    """Prior precision of each pathway's weights, shape (L, P); inf where it was removed.
+    """Prior precision of each pathway's weights, shape (L, P).
+
+    It is inf where a pathway was removed, NaN where it was still held back.
 
     Of a product of factors it is √(δ_U δ_V): the function V U depends on the product alone, and
     the ratio of the two is a gauge.
     """
-    table = np.full((len(network.blocks), len(pathway_names(network))), np.inf)
+    table = np.full((len(network.blocks), len(pathway_names(network))), np.nan)
     for i, (layer, block) in enumerate(network.layers.items()):
         for j, (name, pathway) in enumerate(block.pathways.items()):
-            if block.enabled[name]:
+            if block.removed(name):
+                table[i, j] = np.inf
+            elif block.enabled[name]:
                 tensors = [f"{layer}.{name}.{factor}" for factor in pathway.factor_names]
+                # Eq. gauge-free precision: the geometric mean of the factors'
                 table[i, j] = np.exp(np.mean([np.log(precisions[t]) for t in tensors]))
     return table
 
 
-def shares(table: np.ndarray) -> np.ndarray:
-    """Rows divided by their sums; equal shares where a row is all zero."""
+def enabled_table(network: SoftEquivariantNetwork) -> np.ndarray:
+    """Which pathways are on, bool of shape (L, P)."""
+    return np.array([list(block.enabled.values()) for block in network.layers.values()])
+
+
+def shares(table: np.ndarray, enabled: np.ndarray) -> np.ndarray:
+    """Rows divided by their sums; where a row is all zero, equal shares of what is enabled."""
     total = table.sum(1, keepdims=True)
-    equal = np.full_like(table, 1.0 / table.shape[1])
+    equal = enabled / enabled.sum(1, keepdims=True)
     return np.divide(table, total, out=equal, where=total > 0)
 
 
@@ -84,8 +95,8 @@ def output_shares(network: SoftEquivariantNetwork, batches: Iterable[Batch]) -> 
             for name, output in outputs.items():
                 squares = output.flatten(1).square().sum(1).double()
                 energy[i, names.index(name)] += torch.dot(squares, weights.double()).item()
-            features = torch.relu(block(features))
-    return shares(energy)
+            features = torch.relu(torch.stack(list(outputs.values())).sum(0))
+    return shares(energy, enabled_table(network))
 
 
 @torch.no_grad()
@@ -131,6 +142,7 @@ def equivariance_errors(
             squares[-1][g] = squares[-1].get(g, 0.0) + change
     errors = np.array(
         [
+            # Eq. equivariance error
             np.mean([np.sqrt(s / norm) for s in found.values()]) if found and norm > 0 else 0.0
             for found, norm in zip(squares, norms, strict=True)
         ]

@@ -7,8 +7,8 @@ learning rate, release of pathways and the end.
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from skorch.callbacks import Callback
 from .curvature import Batch, kronecker_factors
 from .hyperparameters import LayerwisePrior, squared_norms
 from .kronecker import spectra
-from .marginal_likelihood import LaplaceEvidence, Solver
+from .layers import PathwaySum
+from .marginal_likelihood import Evidence, LaplaceEvidence, Solver
 from .schedules import LearningRate, Plateau, Start, fix_gauge
 
 __all__ = [
@@ -34,10 +35,11 @@ __all__ = [
     "choose_sketches",
 ]
 
-#: Name → (class, its settings). Momentum is the paper's; fused: one kernel, not a dozen passes.
+#: Name → (class, its settings). Momentum is the paper's. Adam's fused kernel replaces a dozen
+#: passes; SGD's cannot take tensors that get their first gradient later, at a release.
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {"fused": True}),
-    "sgd": (torch.optim.SGD, {"momentum": 0.9, "fused": True}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
 }
 
 #: Rows of one curvature pass; bounds its memory.
@@ -116,7 +118,7 @@ class SoftEquivariantNet(NeuralNet):
     prior_precision : float, default=1.0
         Start of every δ.
     seed : int, default=0
-        Of random starts; torch's global generators stay as they were.
+        Of random starts; torch's global generator is neither used nor touched.
     """
 
     def __init__(self, *args, prior_precision: float = 1.0, seed: int = 0, **kwargs):
@@ -125,7 +127,8 @@ class SoftEquivariantNet(NeuralNet):
         super().__init__(*args, **kwargs)
 
     def initialize_module(self):
-        super().initialize_module()
+        # A generator of our own: torch's global one is shared by all threads.
+        self.module_ = self.module(**self.get_params_for("module"), generator=self.generator())
         self.prior_ = LayerwisePrior(dict(self.module_.named_parameters()), self.prior_precision)
         return self
 
@@ -133,24 +136,17 @@ class SoftEquivariantNet(NeuralNet):
     def _default_callbacks(self):
         return []
 
-    def initialize(self):
-        with self._seeded(0):
-            return super().initialize()
-
-    @contextmanager
-    def _seeded(self, offset: int):
-        device = torch.device(self.device)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed + offset)
-            yield
+    def generator(self, offset: int = 0) -> torch.Generator:
+        """A fresh source of random numbers, on the CPU."""
+        return torch.Generator().manual_seed(self.seed + offset)
 
     @property
     def course(self) -> "Course":
         """What decides about the course of training."""
         return next(cb for _, cb in self.callbacks_ if isinstance(cb, Course))
 
-    def take_over(self, previous: "SoftEquivariantNet") -> None:
-        """Begin from the weights and precisions of another net.
+    def take_over(self, previous: "SoftEquivariantNet", history: bool = False) -> None:
+        """Begin from the weights and precisions of another net, and from its history if asked.
 
         Raises
         ------
@@ -168,6 +164,8 @@ class SoftEquivariantNet(NeuralNet):
                 "Set warm_start=False, or fit a new estimator."
             )
         _restore(self, _state(previous))
+        if history:
+            self.history_ = copy.deepcopy(previous.history)
 
     def partial_fit(self, X, y=None, classes=None, **fit_params):
         """Train on a :class:`TrainingData`; an interrupt is not swallowed, unlike skorch's."""
@@ -175,12 +173,10 @@ class SoftEquivariantNet(NeuralNet):
         self.data_, self.weight_sum_, self.stop_ = X, X.weights.sum(), False
         self.update_decay()
         try:
-            with self._seeded(1 + len(self.history)):
+            with suppress(_StopTraining):
                 self.notify("on_train_begin", X=X, y=y)
-                try:
-                    self.fit_loop(X, y, **fit_params)
-                except _StopTraining:
-                    pass
+                self.fit_loop(X, y, **fit_params)
+            with suppress(_StopTraining):
                 self.notify("on_train_end", X=X, y=y)
         finally:
             del self.data_, self.decay_, self.weight_sum_
@@ -214,13 +210,14 @@ class SoftEquivariantNet(NeuralNet):
         """(rows / |B|) Σ_B w (−log p) / Σ_D w, unbiased for the weighted mean over the data D."""
         targets, weights = y_true
         log_prob = self.criterion_.log_prob(y_pred, targets)  # (|B|,)
+        # Eq. MAP loss, its part in the likelihood
         return -(weights * log_prob).sum() * (len(self.data_) / len(targets)) / self.weight_sum_
 
     def train_step_single(self, batch, **fit_params):
         step = super().train_step_single(batch, **fit_params)
         for parameter, decay, implicit in self.decay_:
             if parameter.grad is not None and not implicit:
-                parameter.grad.add_(parameter.detach(), alpha=decay)
+                parameter.grad.add_(parameter.detach(), alpha=decay)  # Eq. prior's gradient
         return step
 
     @torch.no_grad()
@@ -229,7 +226,7 @@ class SoftEquivariantNet(NeuralNet):
             step = super().train_step(batch, **fit_params)
         for parameter, decay, implicit in self.decay_:
             if implicit:
-                parameter.div_(1.0 + decay * self._long_run_rate())
+                parameter.div_(1.0 + decay * self._long_run_rate())  # Eq. implicit prior
         return step
 
     def update_decay(self) -> None:
@@ -253,14 +250,22 @@ class SoftEquivariantNet(NeuralNet):
 
     def enabled_tensors(self) -> dict[str, torch.Tensor]:
         """The named parameters without those of pathways that are switched off."""
-        off = tuple(
-            f"{layer}.{name}."
-            for layer, block in self.module_.layers.items()
-            for name, on in block.enabled.items()
-            if not on
-        )
+        off = self._tensors_where(lambda block, name: not block.enabled[name])
         named = self.module_.named_parameters()
-        return {name: tensor for name, tensor in named if not name.startswith(off)}
+        return {name: tensor for name, tensor in named if name not in off}
+
+    def removed_tensors(self) -> set[str]:
+        """Names of the parameters of pathways that were removed."""
+        return self._tensors_where(lambda block, name: block.removed(name))
+
+    def _tensors_where(self, condition: Callable[[PathwaySum, str], bool]) -> set[str]:
+        return {
+            f"{layer}.{name}.{tensor}"
+            for layer, block in self.module_.layers.items()
+            for name, pathway in block.pathways.items()
+            if condition(block, name)
+            for tensor, _ in pathway.named_parameters()
+        }
 
     def on_epoch_end(self, net, **kwargs):
         """Record the loss of the epoch; stop if it is not a number."""
@@ -268,19 +273,20 @@ class SoftEquivariantNet(NeuralNet):
         sizes = np.array([row["train_batch_size"] for row in rows], dtype=float)
         losses = np.array([row["train_loss"] for row in rows])
         scatter = self.prior_.scatter(self.enabled_tensors())
+        # Eq. MAP loss
         loss = losses @ sizes / sizes.sum() + 0.5 * scatter / self.data_.n_observations
         self.history.record("train_loss", float(loss))
         if not math.isfinite(loss):
-            raise ValueError(self._not_finite(loss))
+            raise ValueError(self.not_finite(f"The training loss became {loss}"))
 
-    def _not_finite(self, loss: float) -> str:
+    def not_finite(self, what: str) -> str:
+        """What to tell the user when training has left the finite numbers."""
         values = [row.get("log_marginal_likelihood", math.nan) for row in self.history]
         finite = [value for value in values if math.isfinite(value)]
         last = f"{finite[-1]:.6g}" if finite else "none yet"
         return (
-            f"The training loss became {loss} in epoch {len(self.history)} (last finite log "
-            f"evidence: {last}). Lower lr, keep standardize=True, or look for values of extreme "
-            "size in X."
+            f"{what} in epoch {len(self.history)} (last finite log evidence: {last}). "
+            "Lower lr, keep standardize=True, or look for values of extreme size in X."
         )
 
 
@@ -353,31 +359,42 @@ class EvidenceStep(Callback):
             n_sketches=self.n_sketches,
             generator=generator,
         )
+        try:
+            eigenvalues = spectra(curvature.factors)
+        except ValueError as error:
+            raise ValueError(net.not_finite("The curvature became infinite or NaN")) from error
         return LaplaceEvidence(
             curvature.log_likelihood,
-            spectra(curvature.factors),
+            eigenvalues,
             squared_norms(net.enabled_tensors()),
             net.prior_.index,
         )
+
+    def ascend(self, net: SoftEquivariantNet, objective: LaplaceEvidence) -> Evidence:
+        """Take the hyper steps; the evidence at their end."""
+        log_precision = net.prior_.log_precision.cpu()
+        for _ in range(self.steps):
+            log_precision = self.solver.step(objective, log_precision)
+        net.prior_.log_precision.copy_(log_precision)
+        return objective.evidence(log_precision)
 
     def on_epoch_end(self, net, **kwargs):
         if not self.steps or not self.due(len(net.history)):
             return
         objective = self.evaluate(net)
-        log_precision = net.prior_.log_precision.cpu()
-        for _ in range(self.steps):
-            log_precision = self.solver.step(objective, log_precision)
-        net.prior_.log_precision.copy_(log_precision)
-        for term, value in objective.evidence(log_precision)._asdict().items():
+        evidence = self.ascend(net, objective)
+        for term, value in evidence._asdict().items():
             net.history.record(term, value)
-        net.history.record("log_marginal_likelihood", objective.evidence(log_precision).value)
-        net.effective_dimensions_ = objective.effective_dimensions(log_precision)
-        fix_gauge(net.module_, net.prior_)
+        net.history.record("log_marginal_likelihood", evidence.value)
+        net.history.record("n_observations", net.data_.n_observations)
+        net.effective_dimensions_ = objective.effective_dimensions(net.prior_.log_precision.cpu())
+        if not net.course.rate.cooling:  # where weights are averaged, they share one gauge
+            fix_gauge(net.module_, net.prior_)
         net.update_decay()
 
 
 class Course(Callback):
-    """The course of a fit: learning rate, release and removal of pathways, averaging, the end.
+    """The course of a fit: learning rate, release and removal of pathways, and the end.
 
     The figure that must rise is the log evidence per observation, or, when no evidence is
     computed, the log joint per observation.
@@ -394,14 +411,16 @@ class Course(Callback):
         When the figure has stopped rising.
     keep_best : bool
         Return to the state of the best figure if the last one is worse.
-    release : bool, default=True
-        False leaves out the beginning of ``start``: the pathways are on already.
+    holding : bool, default=True
+        Whether the start is still to come: pathways are held back until the burn-in is over.
     endless : bool, default=False
         Training in single epochs by partial_fit: nothing is concluded from a plateau, averaged
         or restored.
 
     Attributes
     ----------
+    holding : bool
+        As above, now.
     converged : bool
         Whether the figure has stopped rising.
     capped : bool
@@ -415,7 +434,7 @@ class Course(Callback):
         rate: LearningRate,
         plateau: Plateau,
         keep_best: bool,
-        release: bool = True,
+        holding: bool = True,
         endless: bool = False,
     ):
         self.evidence = evidence
@@ -423,49 +442,56 @@ class Course(Callback):
         self.rate = rate
         self.plateau = plateau
         self.keep_best = keep_best
-        self.release = release
+        self.holding = holding
         self.endless = endless
         self.converged = False
         self.capped = False
-        self.mean: list[torch.Tensor] = []
-        self.n_averaged = 0
+        self.mean = WeightMean()
         self.best: tuple[float, tuple[dict, dict]] | None = None
 
     def on_train_begin(self, net, **kwargs):
-        if self.release and not net.history:
+        if self.holding and not net.history:
             self.start.begin(net.module_)
 
     def on_epoch_begin(self, net, **kwargs):
+        if self.rate.schedule == "constant":
+            return  # left to the user's own callbacks
         for group in net.optimizer_.param_groups:
             group["lr"] = self.rate.at(len(net.history))
 
     def on_epoch_end(self, net, **kwargs):
         epoch = len(net.history)
         if self.rate.cooling:
-            self._average(net)
+            self.mean.add(net.module_)
         if self.evidence.due(epoch):
             self._decide(net, epoch)
-        if self.endless or self.rate.cooling:
-            pass
-        elif self.converged or epoch >= self.rate.latest_cooldown:
+        if self._may_end(epoch):
             self.capped = not self.converged
             self.rate.begin_cooldown(epoch)
         if self.rate.finished(epoch):
             net.stop_ = True
 
+    def _may_end(self, epoch: int) -> bool:
+        return (
+            not self.endless
+            and not self.rate.cooling
+            and (self.converged or epoch >= self.rate.latest_cooldown)
+        )
+
     def _decide(self, net: SoftEquivariantNet, epoch: int) -> None:
+        if self.holding:
+            self.holding = False
+            generator = net.generator(epoch)
+            if self.start.release(net.module_, net.prior_, self.evidence.steps > 0, generator):
+                # Another model from here on: what was reached before is no measure for it.
+                self.rate.rewarm(epoch)
+                net.update_decay()
+                return
+        elif self.evidence.steps:
+            self.start.prune(net.module_, net.effective_dimensions_)
         figure = self._figure(net)
         if self.keep_best and not self.endless and (self.best is None or figure > self.best[0]):
             self.best = (figure, _state(net))
-        if self.release and epoch == self.evidence.burn_in:
-            if self.start.release(net.module_, net.prior_, learn=self.evidence.steps > 0):
-                # Another model from here on: what was reached before is no measure for it.
-                self.rate.rewarm(epoch)
-                self.plateau.restart()
-                self.best = None
-        elif self.evidence.steps:
-            self.start.prune(net.module_, net.effective_dimensions_)
-        net.update_decay()
         self.converged = self.plateau.reached(figure) or self.converged
 
     def _figure(self, net: SoftEquivariantNet) -> float:
@@ -474,37 +500,47 @@ class Course(Callback):
             return last["log_marginal_likelihood"] / net.data_.n_observations
         return -last["train_loss"]
 
-    @torch.no_grad()
-    def _average(self, net: SoftEquivariantNet) -> None:
-        weights = [parameter.detach() for parameter in net.module_.parameters()]
-        self.n_averaged += 1
-        if not self.mean:
-            self.mean = [weight.clone() for weight in weights]
-        for mean, weight in zip(self.mean, weights, strict=True):
-            mean.lerp_(weight, 1.0 / self.n_averaged)
-
-    @torch.no_grad()
     def on_train_end(self, net, **kwargs):
         """Take the mean weights of the cool-down, or the best state seen, and evaluate it."""
-        if self.mean:
-            enabled = net.enabled_tensors()
-            for (name, parameter), mean in zip(
-                net.module_.named_parameters(), self.mean, strict=True
-            ):
-                if name in enabled:  # what was removed stays zero
-                    parameter.copy_(mean)
+        self.mean.load(net.enabled_tensors())
         net.laplace_ = self.evidence.evaluate(net)
-        final = net.laplace_.evidence(net.prior_.log_precision.cpu())
+        final = self.evidence.ascend(net, net.laplace_)
         joint = final.log_likelihood - 0.5 * final.scatter
         figure = (final.value if self.evidence.steps else joint) / net.data_.n_observations
         if self.best is not None and self.best[0] > figure:
             _restore(net, self.best[1])
             net.laplace_ = self.evidence.evaluate(net)
-        self.mean, self.best = [], None
+        self.best = None
+
+
+class WeightMean:
+    """The mean of a network's weights over epochs.
+
+    Averaging over the cool-down lowers the noise that steps of finite size leave in the weights.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.weights: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, module: torch.nn.Module) -> None:
+        """Count the present weights in."""
+        self.count += 1
+        for name, weight in module.named_parameters():
+            mean = self.weights.setdefault(name, weight.detach().clone())
+            mean.lerp_(weight, 1.0 / self.count)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write the mean into these tensors, if there is one, and forget it."""
+        for name in self.weights.keys() & tensors.keys():
+            tensors[name].copy_(self.weights[name])
+        self.weights, self.count = {}, 0
 
 
 class ProgressLine(Callback):
-    """Prints a line at each evaluation."""
+    """Prints a line at each evaluation; to stand before :class:`Course` among the callbacks."""
 
     def on_epoch_end(self, net, **kwargs):
         epoch, last = len(net.history), net.history[-1]

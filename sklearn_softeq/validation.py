@@ -4,7 +4,9 @@ Rows are flattened before scikit-learn sees them, so that its own checks and mes
 images too; the shape of the images is kept beside them.
 """
 
+import warnings
 from collections.abc import Collection, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from sklearn.utils.validation import _check_sample_weight, validate_data
 __all__ = [
     "check_classes",
     "check_images",
+    "check_incremental_class_weight",
     "check_names",
     "check_same_shape",
     "check_weights",
@@ -65,7 +68,8 @@ def check_images(
 
 def _flattened(X: Any) -> tuple[Any, ImageShape | None]:
     if isinstance(X, torch.Tensor):
-        X = X.detach().cpu().numpy()
+        X = X.detach().cpu()
+        X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
     elif isinstance(X, list | tuple):
         X = _list_of_images(X)
     if not isinstance(X, np.ndarray):
@@ -126,6 +130,12 @@ def resolve_image_shape(
             )
         return shape
     if found is not None:
+        if found[2] in (1, 3, 4) and found[0] not in (1, 3, 4):
+            raise ValueError(
+                f"X holds images of shape {found}, which looks like (height, width, channels); "
+                "(channels, height, width) is needed. Pass X.transpose(0, 3, 1, 2), or "
+                f"image_shape={found} if the first side does count channels."
+            )
         return found
     for channels in (1, 3):
         side = round((n_features / channels) ** 0.5)
@@ -135,13 +145,14 @@ def resolve_image_shape(
 
 
 def _three(shape: tuple[int, ...]) -> ImageShape:
-    sides = tuple(int(side) for side in shape)
-    if len(sides) not in (2, 3) or min(sides) < 1 or sides != tuple(shape):
+    sides = tuple(shape)
+    whole = all(isinstance(side, Integral) and side >= 1 for side in sides)
+    if len(sides) not in (2, 3) or not whole:
         raise ValueError(
             f"image_shape={shape!r} is not allowed: give (channels, height, width) or "
             "(height, width), positive integers, or None to infer it from X."
         )
-    channels, height, width = (1, *sides)[-3:]
+    channels, height, width = (int(side) for side in (1, *sides)[-3:])
     return channels, height, width
 
 
@@ -199,6 +210,21 @@ def encode(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
     return np.searchsorted(classes, y)
 
 
+def check_incremental_class_weight(class_weight: Any) -> None:
+    """No chunk knows how frequent the classes are in all of the data.
+
+    Raises
+    ------
+    ValueError
+        For "balanced".
+    """
+    if class_weight == "balanced":
+        raise ValueError(
+            "class_weight 'balanced' is not supported for partial_fit. Pass the weights as a "
+            "dict, from compute_class_weight on all labels."
+        )
+
+
 def check_weights(
     sample_weight: Any, X: np.ndarray, y: np.ndarray, classes: np.ndarray, class_weight: Any
 ) -> np.ndarray:
@@ -213,9 +239,20 @@ def check_weights(
         sample_weight = sample_weight.detach().cpu().numpy()
     weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
     if class_weight is not None:
-        present = np.unique(y)
-        factors = compute_class_weight(class_weight, classes=present, y=y, sample_weight=weights)
-        weights = weights * factors[np.searchsorted(present, y)]
+        present = weights > 0
+        y = y[present]
+        # "balanced" divides by a class's weight, so it wants classes that have one.
+        named = np.unique(y) if isinstance(class_weight, str) else classes
+        factors = compute_class_weight(
+            class_weight, classes=named, y=y, sample_weight=weights[present]
+        )
+        weights = weights.copy()  # it may be the caller's own array
+        weights[present] *= factors[np.searchsorted(named, y)]
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        raise ValueError(
+            f"class_weight={class_weight!r} makes weights that are negative or not finite; "
+            "give each class a finite weight of at least 0."
+        )
     if not weights.any():
         raise ValueError(
             "All sample weights are zero, so there is no data to learn from; "
@@ -233,7 +270,7 @@ def check_names(names: Any, allowed: Collection[str], parameter: str) -> tuple[s
         If it is empty, or a name is unknown or stands twice.
     """
     listed = (names,) if isinstance(names, str) else tuple(names)
-    unknown = [name for name in listed if name not in allowed]
+    unknown = [name for name in listed if not isinstance(name, str) or name not in allowed]
     if not listed or unknown or len(set(listed)) != len(listed):
         raise ValueError(
             f"{parameter}={names!r} is not allowed: give one or more different names out of "
@@ -242,28 +279,41 @@ def check_names(names: Any, allowed: Collection[str], parameter: str) -> tuple[s
     return listed
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
     """The device to compute on.
 
     Parameters
     ----------
-    device : str
-        "auto" takes the first CUDA device if there is one and the CPU otherwise; anything else
-        is torch's own notation.
+    device : str or torch.device
+        "auto" takes the first CUDA device if there is one and the CPU otherwise; else "cpu",
+        "cuda" or "cuda:N".
 
     Raises
     ------
     ValueError
-        If the device is unknown or not to be had on this machine.
+        If it names something else.
+
+    Warns
+    -----
+    UserWarning
+        If a CUDA device is asked for and there is none; the CPU is taken.
     """
+    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if n_cuda else "cpu")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        resolved = torch.device(device)
+    except RuntimeError:
+        resolved = torch.device("meta")
+    if resolved.type not in ("cpu", "cuda"):
         raise ValueError(
-            f"device={device!r} cannot be used on this machine ({reason}). "
-            "Use device='auto' or device='cpu'."
-        ) from error
-    return torch.device(device)
+            f"device={device!r} is not supported; use 'auto', 'cpu', 'cuda' or 'cuda:N'."
+        )
+    if resolved.type == "cuda" and (resolved.index or 0) >= n_cuda:
+        warnings.warn(
+            f"device={device!r} was asked for, but this machine has {n_cuda} CUDA devices; "
+            "the CPU is used.",
+            stacklevel=2,
+        )
+        return torch.device("cpu")
+    return resolved

@@ -36,6 +36,7 @@ class Fitted(BaseEstimator):
         self.layer_names_ = ("blocks.0", "blocks.1", "head")
         self.pathway_names_ = ("conv", "factored_fc")
         self.history_ = {
+            "n_observations": np.array([200.0, 200.0]),
             "epoch": np.array([5, 10]),
             "log_likelihood": np.array([-300.0, -100.0]),
             "scatter": np.array([20.0, 40.0]),

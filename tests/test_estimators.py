@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -458,7 +459,10 @@ def test_permutation_importance(fitted, digits):
         ({"width": 2.5}, "'width' parameter .* must be an int in the range"),
         ({"image_shape": (5, 5)}, "has 25 values, but X has 16 features"),
         ({"image_shape": (0, 16)}, "positive integers"),
-        ({"device": "abacus"}, "device='abacus' cannot be used"),
+        ({"device": "abacus"}, "device='abacus' is not supported"),
+        ({"image_shape": ("a", "b")}, "positive integers"),
+        ({"pathways": [["conv"]]}, "one or more different names"),
+        ({"class_weight": {0: -1.0, 1: 1.0, 2: 1.0}}, "negative or not finite"),
     ],
     ids=str,
 )
@@ -548,6 +552,67 @@ def test_a_loss_that_is_no_number_leaves_nothing_fitted(digits):
     with pytest.raises(NotFittedError):
         clf.predict(digits[0])
     assert not [name for name in vars(clf) if name.endswith("_")]
+
+
+def test_a_call_that_is_refused_changes_nothing(fitted, digits):
+    images, labels = digits
+    clf = pickle.loads(pickle.dumps(fitted)).set_params(warm_start=True)
+    before = clf.predict_proba(images)
+    for bad in (images[:, :2], np.full_like(images, np.nan), images[:100]):
+        with pytest.raises(ValueError):  # noqa: PT011
+            clf.fit(bad, labels)
+        with pytest.raises(ValueError):  # noqa: PT011
+            clf.partial_fit(bad, labels)
+    np.testing.assert_array_equal(clf.predict_proba(images), before)
+    assert clf.module_ is clf.net_.module_
+
+
+def test_chunks_of_another_dtype(digits):
+    images, labels = digits
+    clf = SoftEquivariantClassifier(width=2, random_state=0)
+    clf.partial_fit(images, labels, classes=[0, 1, 2])
+    clf.partial_fit(images.astype(np.float64), labels)
+    assert next(clf.module_.parameters()).dtype == torch.float32
+    assert np.isnan(clf.prior_precision_[:, 1]).all()  # still held back
+
+
+def test_balanced_weights_need_all_of_the_data(digits):
+    with pytest.raises(ValueError, match="'balanced' is not supported for partial_fit"):
+        SoftEquivariantClassifier(class_weight="balanced").partial_fit(*digits, classes=[0, 1, 2])
+
+
+def test_channels_last_images_are_noticed(digits):
+    images, labels = digits
+    colour = np.repeat(images[:, :2, :, None], 3, axis=-1)
+    with pytest.raises(ValueError, match=r"transpose\(0, 3, 1, 2\)"):
+        SoftEquivariantClassifier(**FAST).fit(colour, labels)
+    explicit = SoftEquivariantClassifier(**FAST, image_shape=(2, 4, 3)).fit(colour, labels)
+    assert explicit.image_shape_ == (2, 4, 3)
+
+
+def test_a_missing_gpu_is_said_once(digits, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    clf = SoftEquivariantClassifier(**FAST, device="cuda:0")
+    with pytest.warns(UserWarning, match="the CPU is used") as record:
+        clf.fit(*digits)
+    assert len([w for w in record if "the CPU is used" in str(w.message)]) == 1
+    assert clf.device_ == torch.device("cpu")
+
+
+def test_fits_in_threads(fitted, digits):
+    def fit(_):
+        return SoftEquivariantClassifier(**FAST).fit(*digits).predict_proba(digits[0])
+
+    with ThreadPoolExecutor(3) as pool:
+        for proba in pool.map(fit, range(3)):
+            np.testing.assert_array_equal(proba, fitted.predict_proba(digits[0]))
+
+
+def test_a_plateau_is_measured_after_the_release_only(digits):
+    images, labels = (part[:60] for part in digits)
+    clf = SoftEquivariantClassifier(width=4, learn_prior=False, random_state=0)
+    clf.fit(images, labels)
+    assert clf.loss_curve_[-1] < clf.loss_curve_[19]
 
 
 # what the package exists for

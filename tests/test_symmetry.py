@@ -11,6 +11,7 @@ from references import roll_to_largest_grid
 from sklearn_softeq.groups import GROUPS
 from sklearn_softeq.networks import build_network
 from sklearn_softeq.symmetry import (
+    enabled_table,
     equivariance_errors,
     layer_names,
     output_shares,
@@ -58,12 +59,9 @@ def test_sum_table_sums_over_the_tensors_of_a_pathway():
             assert table[i, j] == sum(values[name] for name in tensors)
     head = sum(value for name, value in values.items() if name.startswith("head"))
     assert table.sum() + head == sum(values.values())
-    # A tensor that is not named counts nothing: "fc" is not a part of "factored_fc", nor
-    # "blocks.1" of "blocks.10".
-    assert sum_table(network, {"blocks.1.fc.weight": 3.0, "blocks.10.fc.weight": 5.0}).tolist() == [
-        [0, 0, 0],
-        [0, 0, 3.0],
-    ]
+    # Names are compared whole: "fc" is not "fc_2", nor "blocks.1" "blocks.10".
+    values = {"blocks.1.fc.weight": 3.0, "blocks.10.fc.weight": 5.0, "blocks.1.fc_2.bias": 7.0}
+    assert sum_table(network, values).tolist() == [[0, 0, 0], [0, 0, 3]]
 
 
 def test_precision_table_takes_the_geometric_mean_of_factors():
@@ -78,22 +76,31 @@ def test_precision_table_takes_the_geometric_mean_of_factors():
         "blocks.1.factored_fc.U.weight": 1e-4,
         "blocks.1.factored_fc.V.weight": 1e8,
     }
-    network.blocks[1].enabled["fc"] = False
     table = precision_table(network, precisions)
-    np.testing.assert_allclose(table, [[3.0, 8.0, 7.0], [5.0, 100.0, np.inf]], rtol=1e-12)
+    np.testing.assert_allclose(table, [[3.0, 8.0, 7.0], [5.0, 100.0, 1e6]], rtol=1e-12)
     # √(δ_U δ_V) does not depend on the gauge.
     precisions["blocks.0.factored_fc.U.weight"] *= 81.0
     precisions["blocks.0.factored_fc.V.weight"] /= 81.0
     np.testing.assert_allclose(precision_table(network, precisions), table, rtol=1e-12)
 
 
-def test_shares_sum_to_1_and_an_empty_row_is_shared_equally():
-    table = np.array([[1.0, 3.0], [0.0, 0.0], [0.0, 5.0], [1e-300, 1e-300]])
-    found = shares(table)
-    np.testing.assert_allclose(found, [[0.25, 0.75], [0.5, 0.5], [0, 1], [0.5, 0.5]])
-    assert table[1].tolist() == [0.0, 0.0]
+def test_precision_of_what_is_off():
+    network = network_of(*ALL, shape=(1, 4, 4))
+    precisions = dict.fromkeys((name for name, _ in network.named_parameters()), 2.0)
+    network.blocks[0].enabled["fc"] = False  # held back: nothing is known of it yet
+    network.blocks[1].remove("factored_fc")
+    expected = [[2.0, 2.0, np.nan], [2.0, np.inf, 2.0]]
+    np.testing.assert_allclose(precision_table(network, precisions), expected)
+    assert enabled_table(network).tolist() == [[True, True, False], [True, False, True]]
+
+
+def test_shares_sum_to_1_and_an_empty_row_is_shared_by_what_is_on():
+    table = np.array([[1.0, 3.0], [0.0, 0.0], [0.0, 5.0], [1e-300, 1e-300], [0.0, 0.0]])
+    enabled = np.array([[True, True]] * 4 + [[True, False]])
     with np.errstate(all="raise"):
-        shares(table)
+        found = shares(table, enabled)
+    np.testing.assert_allclose(found, [[0.25, 0.75], [0.5, 0.5], [0, 1], [0.5, 0.5], [1, 0]])
+    assert table[1].tolist() == [0.0, 0.0]
 
 
 # ── output shares

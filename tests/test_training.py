@@ -12,6 +12,7 @@ import torch
 from skorch.callbacks import Callback
 from torch import nn
 
+from sklearn_softeq import training
 from sklearn_softeq.layers import FC
 from sklearn_softeq.likelihoods import Categorical
 from sklearn_softeq.marginal_likelihood import AdamSolver, FixedPointSolver, LaplaceEvidence
@@ -58,7 +59,7 @@ def net_of(
     max_epochs=6,
     patience=100,
     keep_best=True,
-    release=True,
+    holding=True,
     endless=False,
     batch_size=128,
     batch_seed=0,
@@ -73,7 +74,7 @@ def net_of(
         evidence = EvidenceStep(solver, steps, burn_in, every, n_sketches, evidence_seed)
     start = STARTS[start]() if isinstance(start, str) else start
     rate = LearningRate(schedule, lr, max_epochs)
-    course = Course(evidence, start, rate, Plateau(0.0, patience), keep_best, release, endless)
+    course = Course(evidence, start, rate, Plateau(0.0, patience), keep_best, holding, endless)
     if module is build_network:
         params = {
             "module__image_shape": (1, 4, 4),
@@ -254,15 +255,13 @@ def test_gradient_of_a_step_is_that_of_the_negative_log_joint(optimizer, n_obser
     with torch.no_grad():
         for w in net.module_.parameters():  # biases, too
             w.add_(0.1 * torch.randn_like(w))
-    for i, name in enumerate(net.prior_.groups):
-        precision = 0.1 * (i + 1)
-        owner = next(n for n in net.prior_.names if n == name or n.endswith(name))
-        net.prior_.set_precision(owner, precision)
+    for i, name in enumerate(net.prior_.index):
+        net.prior_.set_precision(name, 0.1 * (i + 1))
     loss = negative_log_joint(net, data, net.prior_.precisions())
     expected = torch.autograd.grad(loss, list(net.module_.parameters()))
     net.partial_fit(data)
     [found] = record.gradients
-    for name, gradient in zip(net.prior_.names, expected, strict=True):
+    for name, gradient in zip(net.prior_.index, expected, strict=True):
         torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-13)
 
 
@@ -279,12 +278,11 @@ def test_what_is_switched_off_has_no_gradient_and_does_not_move():
 
 @pytest.mark.parametrize("batch_size", [128, 5])
 def test_recorded_loss_is_the_negative_log_joint(batch_size):
-    data = data_of(n_observations=40.0)
+    data = data_of(13, n_observations=40.0)  # batches of 5, 4 and 4 rows
     net = net_of(start="symmetric", burn_in=100, lr=1e-300, max_epochs=1, batch_size=batch_size)
     precisions = {}
-    for i, name in enumerate(net.prior_.names):
-        if name.endswith("weight"):
-            net.prior_.set_precision(name, 0.5 + i)
+    for i, name in enumerate(net.prior_.index):
+        net.prior_.set_precision(name, 0.5 + i)
         on = ".factored_fc." not in name  # what is off has no part in the prior
         precisions[name] = net.prior_.precisions()[name] * on
     before = weights_of(net)
@@ -302,10 +300,10 @@ class Regression(nn.Module):
 
     layers: ClassVar[dict] = {}
 
-    def __init__(self):
+    def __init__(self, generator):
         super().__init__()
         self.output = FC(4, K, (1, 1))
-        self.output.reset()
+        self.output.reset(generator)
         self.double()
 
     def forward(self, inputs):
@@ -380,9 +378,9 @@ def test_adam_never_decays_implicitly():
     net = net_of(precision=1e7, max_epochs=1)
     net.data_ = data
     net.update_decay()
-    assert [implicit for *_, implicit in net.decay_] == [False] * len(net.prior_.names)
+    assert [implicit for *_, implicit in net.decay_] == [False] * len(net.prior_.index)
     assert [decay for _, decay, _ in net.decay_] == pytest.approx(
-        [1e7 / data.n_observations] * len(net.prior_.names)
+        [1e7 / data.n_observations] * len(net.prior_.index)
     )
 
 
@@ -493,14 +491,37 @@ def test_hyper_steps_raise_the_evidence_and_are_recorded():
         torch.testing.assert_close(after, log_precision, rtol=0, atol=1e-10)
 
 
-def test_no_hyper_step_without_steps_or_before_the_burn_in():
-    for settings in ({"steps": 0, "burn_in": 1}, {"steps": 3, "burn_in": 10}):
-        net = net_of(**settings, precision=3.0)
-        net.partial_fit(data_of())
-        assert list(net.prior_.precisions().values()) == pytest.approx(
-            [3.0] * len(net.prior_.names)
-        )
-        assert not any("log_marginal_likelihood" in row for row in net.history)
+@pytest.mark.parametrize(("steps", "burn_in"), [(0, 1), (3, 10)])
+def test_no_hyper_step_without_steps_or_before_the_burn_in(steps, burn_in):
+    record = Record()
+    net = net_of(
+        steps=steps, burn_in=burn_in, every=1, precision=3.0, callbacks=[("record", record)]
+    )
+    net.partial_fit(data_of())
+    for precisions in record.precisions:
+        assert list(precisions.values()) == pytest.approx([3.0] * len(precisions))
+    assert not any("log_marginal_likelihood" in row for row in net.history)
+    # At the end the precisions are learned, whenever that is.
+    learned = net.prior_.precisions().values()
+    assert (list(learned) == pytest.approx([3.0] * len(learned))) == (steps == 0)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_the_end_takes_the_hyper_steps_at_the_final_weights(steps):
+    data, record = data_of(), Record()
+    solver = FixedPointSolver()
+    evidence = EvidenceStep(solver, steps, 2, 3, 0, 0)
+    net = net_of(evidence=evidence, keep_best=False, callbacks=[("record", record)])
+    net.partial_fit(data)
+    assert_weights(net, record.weights[-1])
+    net.data_ = data
+    expected = torch.tensor([*record.precisions[-1].values()], dtype=torch.float64).log()
+    objective = evidence.evaluate(net)
+    for _ in range(steps):
+        expected = solver.step(objective, expected)
+    torch.testing.assert_close(net.prior_.log_precision, expected, rtol=0, atol=1e-10)
+    value = net.laplace_.evidence(net.prior_.log_precision).value
+    assert value == pytest.approx(objective.evidence(expected).value, rel=1e-10)
 
 
 def test_new_precisions_count_from_the_next_step_on():
@@ -509,7 +530,7 @@ def test_new_precisions_count_from_the_next_step_on():
     class Look(Callback):
         def on_batch_begin(self, net, **kwargs):
             precisions = net.prior_.precisions()
-            expected = [precisions[name] / data.n_observations for name in net.prior_.names]
+            expected = [precisions[name] / data.n_observations for name in net.prior_.index]
             decays.append([decay for _, decay, _ in net.decay_])
             assert decays[-1] == pytest.approx(expected)
 
@@ -541,7 +562,7 @@ class Script(EvidenceStep):
         self.dimensions = dimensions or {}
 
     def evaluate(self, net):
-        return LaplaceEvidence(self.final, {}, {}, net.prior_.group_of())
+        return LaplaceEvidence(self.final, {}, {}, net.prior_.index)
 
     def on_epoch_end(self, net, **kwargs):
         epoch = len(net.history)
@@ -598,7 +619,8 @@ def test_the_best_state_knows_what_was_switched_off():
 
 def test_without_evidence_the_log_joint_is_the_figure():
     data, record = data_of(), Record()
-    net = net_of(steps=0, burn_in=1, every=1, max_epochs=8, lr=0.05, callbacks=[("r", record)])
+    settings = {"steps": 0, "burn_in": 1, "every": 3, "max_epochs": 8, "lr": 0.05}
+    net = net_of(**settings, callbacks=[("record", record)])
     net.partial_fit(data)
     losses = net.history[:, "train_loss"]
     assert losses[-1] < losses[0]
@@ -611,10 +633,9 @@ def test_without_evidence_the_log_joint_is_the_figure():
                 with torch.no_grad():
                     net.module_.head.output.weight.mul_(-30)
 
-    settings = {"steps": 0, "burn_in": 1, "every": 1, "max_epochs": 8, "lr": 0.05}
     net = net_of(**settings, callbacks=[("spoil", Spoil())])
     net.partial_fit(data)
-    assert_weights(net, record.weights[-1])  # the state at the last evaluation, before it
+    assert_weights(net, record.weights[6])  # the state at the last evaluation, in epoch 7
 
 
 def test_weights_of_the_cooldown_are_averaged():
@@ -628,6 +649,16 @@ def test_weights_of_the_cooldown_are_averaged():
     assert not torch.equal(
         record.weights[9]["head.output.weight"], weights_of(net)["head.output.weight"]
     )
+
+
+def test_weights_are_averaged_in_one_gauge(monkeypatch):
+    epochs = []
+    monkeypatch.setattr(
+        training, "fix_gauge", lambda network, prior: epochs.append(len(net.history))
+    )
+    net = net_of(burn_in=2, every=1, schedule="cooldown", max_epochs=12)
+    net.partial_fit(data_of())
+    assert epochs == [*range(2, 10)]  # not in the cool-down
 
 
 def test_averaging_leaves_removed_pathways_zero():
@@ -690,10 +721,11 @@ def test_release_at_the_end_of_the_burn_in():
 
 
 def test_plateau_starts_anew_at_the_release():
-    # The figure of the symmetric network is higher than any later one.
+    # The figure of the symmetric network is higher than any later one, but those rise.
     values = [0.0] * 3 + [-9.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0]
-    net, _ = scripted(values, start="symmetric", burn_in=3, max_epochs=10, patience=8)
+    net, _ = scripted(values, start="symmetric", burn_in=3, max_epochs=10, patience=3)
     assert not net.course.converged
+    assert len(net.history) == 10
 
 
 def test_without_a_burn_in_nothing_is_held_back():
@@ -702,8 +734,8 @@ def test_without_a_burn_in_nothing_is_held_back():
     assert all(all(block.enabled.values()) for block in net.module_.blocks)
 
 
-def test_a_course_without_release_leaves_the_pathways_as_they_are():
-    _, record = scripted(RISING, start="symmetric", burn_in=2, max_epochs=4, release=False)
+def test_a_course_that_holds_nothing_back_leaves_the_pathways_as_they_are():
+    _, record = scripted(RISING, start="symmetric", burn_in=2, max_epochs=4, holding=False)
     assert all(all(on.values()) for enabled in record.enabled for on in enabled)
     assert torch.count_nonzero(record.weights[1]["blocks.0.factored_fc.U.weight"]) > 0
 
@@ -711,7 +743,11 @@ def test_a_course_without_release_leaves_the_pathways_as_they_are():
 def test_endless_training_concludes_nothing():
     record = Record()
     net = net_of(
-        evidence=Script([9.0, 1.0]), endless=True, patience=1, callbacks=[("record", record)]
+        evidence=Script([9.0, 1.0]),
+        endless=True,
+        patience=1,
+        max_epochs=3,
+        callbacks=[("record", record)],
     )
     for epoch in range(1, 6):
         net.partial_fit(data_of())
@@ -719,13 +755,14 @@ def test_endless_training_concludes_nothing():
         assert_weights(net, record.weights[-1])
     assert net.history[:, "epoch"] == [1, 2, 3, 4, 5]
     assert record.rates == [0.01] * 5
+    assert not net.course.rate.cooling
     assert not net.course.capped
 
 
 def test_a_spent_course_keeps_no_weights():
     net, _ = scripted(RISING, schedule="cooldown", max_epochs=8)
     assert net.course.best is None
-    assert net.course.mean == []
+    assert net.course.mean.weights == {}
 
 
 # ── beginning from another net
@@ -863,6 +900,23 @@ def test_a_loss_that_is_no_number(value):
     for part in ("in epoch 5", f"last finite log evidence: {last:.6g}", "Lower lr", "standardize"):
         assert part in str(error.value)
     assert not {"data_", "decay_", "weight_sum_"} & vars(net).keys()
+
+
+def test_a_curvature_that_is_no_number():
+    class Break(Callback):  # finite weights, infinite outputs, after the loss of the epoch
+        def on_epoch_end(self, net, **kwargs):
+            if len(net.history) == 4:
+                with torch.no_grad():
+                    for w in net.module_.parameters():
+                        w.fill_(1e120)
+
+    net = net_of(burn_in=2, every=2)
+    net.callbacks_.insert(0, ("break", Break()))
+    with pytest.raises(ValueError, match="curvature became infinite or NaN in epoch 4") as error:
+        net.partial_fit(data_of())
+    last = net.history[1, "log_marginal_likelihood"]
+    for part in (f"last finite log evidence: {last:.6g}", "Lower lr"):
+        assert part in str(error.value)
 
 
 def test_a_loss_that_is_no_number_from_the_first():

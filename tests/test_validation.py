@@ -11,6 +11,7 @@ from sklearn.utils import check_random_state
 from sklearn_softeq.validation import (
     check_classes,
     check_images,
+    check_incremental_class_weight,
     check_names,
     check_same_shape,
     check_weights,
@@ -75,6 +76,11 @@ CONTAINERS = {
     "tensor": (lambda: torch.tensor(ROWS, dtype=torch.float32), np.float32, None),
     "tensor-4d": (lambda: torch.tensor(VALUES, dtype=torch.float64), np.float64, SHAPE),
     "tensor-uint8": (lambda: torch.tensor(VALUES, dtype=torch.uint8), np.float32, SHAPE),
+    "tensor-bfloat16": (
+        lambda: torch.tensor(VALUES, dtype=torch.bfloat16),
+        np.float32,
+        SHAPE,
+    ),
     "tensor-half": (lambda: torch.tensor(VALUES, dtype=torch.float16), np.float32, SHAPE),
     "tensor-grad": (
         lambda: torch.tensor(VALUES, dtype=torch.float32).requires_grad_(),
@@ -225,7 +231,9 @@ def test_bad_labels(y, message):
         (None, None, 20, (1, 1, 20)),
         (None, None, 783, (1, 1, 783)),
         (None, None, 10**8, (1, 10**4, 10**4)),
-        (None, (2, 3, 4), 24, (2, 3, 4)),
+        (None, (2, 3, 5), 30, (2, 3, 5)),
+        (None, (3, 32, 3), 288, (3, 32, 3)),
+        (None, (1, 7, 4), 28, (1, 7, 4)),
         (None, (1, 1, 9), 9, (1, 1, 9)),
         ((2, 3, 4), None, 24, (2, 3, 4)),
         ((4, 6), None, 24, (1, 4, 6)),
@@ -250,6 +258,9 @@ def test_image_shape(requested, found, n_features, expected):
         ((24,), None, ["(24,) is not allowed", "(channels, height, width)"]),
         ((), None, ["not allowed"]),
         ((1, 2, 3, 4), None, ["not allowed"]),
+        (None, (8, 3, 1), ["(height, width, channels)", "X.transpose(0, 3, 1, 2)"]),
+        (None, (2, 4, 3), ["(2, 4, 3)", "image_shape=(2, 4, 3) if"]),
+        (("2", 3, 4), None, ["not allowed"]),
         ((0, 3, 8), None, ["not allowed", "positive integers"]),
         ((-1, 3, -8), None, ["not allowed"]),
         ((1.5, 4, 4), None, ["not allowed"]),
@@ -379,9 +390,27 @@ def test_balanced_leaves_out_rows_of_weight_zero():
     np.testing.assert_allclose(found, [2.5, 0.625, 0.625, 0, 1.25])
 
 
+def test_a_dict_may_name_a_class_that_is_not_in_this_chunk():
+    found = weights_of([1, 2, 3, 4, 5], {"a": 10.0, "d": 0.5})
+    assert found.tolist() == [10, 2, 3, 4, 5]
+
+
 def test_class_weight_of_a_class_that_does_not_exist():
     with pytest.raises(ValueError, match="not in class_weight"):
         weights_of(class_weight={"a": 1.0, "z": 2.0})
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
+def test_class_weights_that_are_none(value):
+    with pytest.raises(ValueError, match="class_weight={'a'.*negative or not finite"):
+        weights_of(class_weight={"a": value})
+
+
+def test_a_chunk_is_not_balanced():
+    with pytest.raises(ValueError, match="'balanced' is not supported for partial_fit"):
+        check_incremental_class_weight("balanced")
+    check_incremental_class_weight({"a": 2.0})
+    check_incremental_class_weight(None)
 
 
 def test_class_weights_of_zero_are_no_data():
@@ -414,6 +443,7 @@ def test_names(names, expected):
         (("conv", "cnov"), ["unknown: ['cnov']", "['conv', 'fc']"]),
         ("cnov", ["pathways='cnov'", "unknown: ['cnov']"]),
         ((3,), ["unknown: [3]"]),
+        ((["conv"],), ["unknown: [['conv']]"]),
     ],
 )
 def test_names_that_are_not_allowed(names, messages):
@@ -428,16 +458,23 @@ def test_devices():
     assert resolve_device("auto").type == expected
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "toaster", "", "xla"])
-def test_a_device_that_is_not_there(device):
-    with pytest.raises(
-        ValueError, match=r"device='.*cannot be used.*device='auto'.*'cpu'"
-    ) as error:
+def test_a_device_may_be_one_of_torch():
+    assert resolve_device(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["toaster", "", "meta", "mps", "cpu:x"])
+def test_devices_that_are_not_supported(device):
+    with pytest.raises(ValueError, match="is not supported; use 'auto', 'cpu', 'cuda' or 'cuda:N'"):
         resolve_device(device)
-    assert repr(device) in str(error.value)
+
+
+def test_a_gpu_that_is_not_there():
+    with pytest.warns(UserWarning, match="'cuda:99' was asked for.*the CPU is used"):
+        assert resolve_device("cuda:99") == torch.device("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_gpu_that_is_not_there():
-    with pytest.raises(ValueError, match="cannot be used on this machine"):
-        resolve_device("cuda")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")])
+def test_no_gpu(device):
+    with pytest.warns(UserWarning, match="this machine has 0 CUDA devices; the CPU is used"):
+        assert resolve_device(device) == torch.device("cpu")
