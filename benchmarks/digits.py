@@ -30,11 +30,12 @@ from sklearn.svm import SVC
 import sklearn_softeq
 from sklearn_softeq import SoftEquivariantClassifier
 from sklearn_softeq.datasets import load_digit_tasks
+from sklearn_softeq.layers import PATHWAYS
 
 OUTPUT = Path(__file__).with_suffix(".json")
 N_FOLDS = 5
 N_TRAIN = 1200
-PATHWAYS = (("conv",), ("factored_fc",), ("conv", "factored_fc"))
+MODELS = (("conv",), ("factored_fc",), ("conv", "factored_fc"))
 
 
 class Results:
@@ -119,7 +120,7 @@ def part_b(results, max_epochs):
     rows = []
     for task in ("digit", "quadrant"):
         data = load_digit_tasks(task=task, n_train=N_TRAIN)
-        for pathways in PATHWAYS:
+        for pathways in MODELS:
 
             def compute(data=data, pathways=pathways):
                 return task_result(ours(max_epochs, pathways=pathways), data)
@@ -146,7 +147,7 @@ def part_b(results, max_epochs):
 def task_result(clf, data):
     """Scores and learned symmetry of one fit."""
     seconds = timed_fit(clf, data.X_train, data.y_train)
-    free = [j for j, name in enumerate(clf.pathway_names_) if name != "conv"]
+    free = [j for j, name in enumerate(clf.pathway_names_) if not PATHWAYS[name].equivariant]
     probabilities = clf.predict_proba(data.X_test)
     return {
         "accuracy": clf.score(data.X_test, data.y_test),
@@ -155,6 +156,8 @@ def task_result(clf, data):
         "free_effective_dimensions": float(clf.effective_dimensions_[:, free].sum()),
         "effective_dimensions": clf.effective_dimensions_.tolist(),
         "n_weights": clf.n_weights_.tolist(),
+        "symmetry": clf.symmetry_.tolist(),
+        "equivariance_error": clf.equivariance_error(data.X_test).layers.tolist(),
         "epochs": clf.n_iter_,
         "seconds": seconds,
     }

@@ -20,6 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_softeq import MarginalLikelihoodDisplay, SoftEquivariantClassifier, SymmetryDisplay
 from sklearn_softeq.datasets import load_digit_tasks
+from sklearn_softeq.layers import PATHWAYS
 
 TASKS = {
     "digit": "label = the digit; shifts do not change it",
@@ -146,7 +147,7 @@ def conclusion(fitted, errors):
     """What the fitted arrays say: a sentence for each task, and one that compares them."""
     sentences = []
     for task, clf in fitted.items():
-        free = [j for j, name in enumerate(clf.pathway_names_) if name != "conv"]
+        free = [j for j, name in enumerate(clf.pathway_names_) if not PATHWAYS[name].equivariant]
         gamma = clf.effective_dimensions_
         share = gamma[:, free].sum() / gamma.sum()
         removed = int(np.isinf(clf.prior_precision_[:, free]).all(axis=1).sum())

@@ -61,9 +61,6 @@ class Kronecker:
         blocks = [torch.kron(a, g) for a, g in zip(self.left, self.right, strict=True)]
         return torch.block_diag(*blocks)
 
-    def __mul__(self, scale: float) -> "Kronecker":
-        return Kronecker(self.left, self.right * scale)
-
 
 def spectra(factors: dict[str, Kronecker]) -> dict[str, Spectrum]:
     """Eigenvalues of each matrix; a factor that two tensors share is decomposed once.

@@ -127,7 +127,7 @@ class AdamSolver:
     Parameters
     ----------
     rate : float, default=0.1
-        Largest change of log δ in one step.
+        About the change of log δ in one step.
     """
 
     def __init__(self, rate: float = 0.1):

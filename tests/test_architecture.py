@@ -38,7 +38,7 @@ ORDER = (
 HOMES = {
     "matplotlib": {"display"},
     "sklearn": {"validation", "datasets", "estimators", "display"},
-    "skorch": {"schedules", "training"},
+    "skorch": {"training"},
 }
 
 # Test modules that follow a question and not a module.

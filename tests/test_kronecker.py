@@ -71,11 +71,6 @@ def test_gradient_of_the_log_determinant_is_minus_gamma():
     torch.testing.assert_close(-slope, found.effective_dimensions(log_precision.detach().exp()))
 
 
-def test_scale():
-    kron = matrix((2, 3, 2))
-    torch.testing.assert_close((kron * 2.5).to_dense(), 2.5 * kron.to_dense())
-
-
 @pytest.fixture
 def decomposed(monkeypatch):
     """Matrices that the eigenvalue solver was given, in order."""

@@ -255,6 +255,19 @@ def test_release_sets_the_scale_of_a_random_start():
             assert precision == pytest.approx(1 / weight.square().mean().item(), rel=1e-12)
 
 
+def test_release_draws_from_its_generator():
+    found, state = [], torch.get_rng_state()
+    network = network_of(*ALL)
+    torch.set_rng_state(state)
+    for seed in (1, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        SymmetricStart().release(network, prior_of(network), True, generator)
+        found.append(network.blocks[0].factored_fc.V.weight.detach().clone())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
 def test_release_leaves_fixed_precisions_alone():
     network = network_of(*ALL)
     prior = prior_of(network, 3.0)

@@ -803,6 +803,15 @@ def test_global_generators_are_left_as_they_were():
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
 
 
+def test_generators_of_a_net():
+    def drawn(seed, offset):
+        return torch.rand(3, generator=net_of(seed=seed).generator(offset)).tolist()
+
+    assert drawn(4, 0) == drawn(4, 0)
+    assert drawn(4, 0) != drawn(5, 0)
+    assert drawn(4, 0) != drawn(4, 1)
+
+
 def test_a_fit_depends_on_its_seeds_alone():
     data = data_of()
     settings = {"start": "symmetric", "burn_in": 1, "n_sketches": 1, "batch_size": 5}
