@@ -563,9 +563,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         del net.laplace_  # its spectra have served
         network = net.module_
         self.net_ = net
-        self.n_iter_ = len(net.history)
+        losses = [row["train_loss"] for row in net.history if "train_loss" in row]
+        self.n_iter_, self.loss_curve_ = len(losses), np.array(losses)
         self.n_observations_ = data.n_observations
-        self.loss_curve_ = np.array(net.history[:, "train_loss"])
         self.history_ = _evaluations(net)
         self.log_marginal_likelihood_value_ = evidence
         self.scores_ = (

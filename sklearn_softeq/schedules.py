@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .hyperparameters import LayerwisePrior
+from .hyperparameters import LOG_PRECISION_BOUNDS, LayerwisePrior
 from .layers import PATHWAYS, Pathway, PathwaySum
 from .networks import SoftEquivariantNetwork
 
@@ -257,9 +257,13 @@ def fix_gauge(network: SoftEquivariantNetwork, prior: LayerwisePrior) -> None:
             continue
         u, v = pathway.factor_names
         first, second = pathway.get_parameter(u), pathway.get_parameter(v)
-        ratio = precisions[f"{prefix}.{u}"] / precisions[f"{prefix}.{v}"]
-        drift = math.log(ratio * second.shape[-1] / first.shape[-1])
-        a = math.exp((drift - max(-GAUGE_LIMIT, min(GAUGE_LIMIT, drift))) / 4)  # Eq. gauge
+        log_u, log_v = (math.log(precisions[f"{prefix}.{name}"]) for name in (u, v))
+        drift = log_u - log_v + math.log(second.shape[-1] / first.shape[-1])
+        move = (drift - max(-GAUGE_LIMIT, min(GAUGE_LIMIT, drift))) / 2
+        # No farther than both precisions can follow: else the weights would move alone.
+        low, high = LOG_PRECISION_BOUNDS
+        move = min(max(move, log_u - high, low - log_v), log_u - low, high - log_v)
+        a = math.exp(move / 2)  # Eq. gauge
         # U brings its bias along: V (U x + b).
         for name, scale in ((u, a), (u.replace("weight", "bias"), a), (v, 1 / a)):
             pathway.get_parameter(name).mul_(scale)

@@ -130,7 +130,7 @@ def resolve_image_shape(
             )
         return shape
     if found is not None:
-        if found[2] in (1, 3, 4) and found[0] not in (1, 3, 4):
+        if found[2] in (1, 3, 4) and found[0] not in (1, 3, 4) and found[1] != found[2]:
             raise ValueError(
                 f"X holds images of shape {found}, which looks like (height, width, channels); "
                 "(channels, height, width) is needed. Pass X.transpose(0, 3, 1, 2), or "

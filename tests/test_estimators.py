@@ -382,6 +382,17 @@ def test_callbacks_are_copied_and_may_stop(digits):
     assert stopper.calls == 0
 
 
+def test_a_callback_may_stop_within_an_epoch(digits):
+    class Stopper(Callback):
+        def on_batch_end(self, net, **kwargs):
+            if len(net.history) == 3:
+                raise KeyboardInterrupt
+
+    clf = SoftEquivariantClassifier(**FAST, callbacks=[Stopper()]).fit(*digits)
+    assert clf.n_iter_ == 2
+    assert clf.loss_curve_.shape == (2,)
+
+
 # at home in scikit-learn
 
 
@@ -413,7 +424,7 @@ def test_routed_sample_weight(digits):
     weights = np.linspace(0, 2, 150)
     with config_context(enable_metadata_routing=True):
         clf = SoftEquivariantClassifier(**FAST)
-        clf.set_fit_request(sample_weight=True).set_score_request(sample_weight=False)
+        clf.set_fit_request(sample_weight=True).set_score_request(sample_weight=True)
         result = cross_validate(
             make_pipeline(clf),
             images.reshape(150, -1),
