@@ -89,7 +89,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         evaluated once, at the end.
     start : {"symmetric", "joint"}, default="symmetric"
         "symmetric": the equivariant pathways alone until ``burn_in``, then all, the free ones
-        from zero; one that the evidence switches off is removed. "joint": all pathways at once
+        from zero and with their log determinants counted twice in the hyper steps; one that the
+        evidence switches off is removed. "joint": all pathways at once
         from random weights, their sum divided by the root of their number (the paper, which
         takes the mean).
     prior_precision : float, default=1.0

@@ -6,7 +6,8 @@ Nothing in λ, μ depends on δ: one eigendecomposition serves any number of ste
 in closed form, ∂ log q / ∂ log δ_g = ½ (γ_g − δ_g ‖w*_g‖²).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -50,12 +51,16 @@ class LaplaceEvidence:
         ‖w*_g‖² of the same tensors.
     index : dict of str to int
         The entry of the vector log δ that belongs to each tensor.
+    charges : dict of str to float, optional
+        How many times the log determinant of a tensor counts in the ascent; 1 where it has no
+        entry. The evidence itself always counts it once.
     """
 
     log_likelihood: float
     spectra: dict[str, Spectrum]
     squared_norms: dict[str, float]
     index: dict[str, int]
+    charges: Mapping[str, float] = field(default_factory=dict)
 
     def evidence(self, log_precision: torch.Tensor) -> Evidence:
         """The estimate and its terms at a vector of log precisions."""
@@ -77,14 +82,14 @@ class LaplaceEvidence:
         }
 
     def balance(self, log_precision: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """γ and ‖w‖² of each entry, two vectors; zero for tensors that are not in use."""
+        """c γ, with c the charge, and ‖w‖² of each entry; zero for tensors that are not in use."""
         gamma = torch.zeros_like(log_precision)
         for name, value in self.effective_dimensions(log_precision).items():
-            gamma[self.index[name]] = value
+            gamma[self.index[name]] = self.charges.get(name, 1.0) * value
         return gamma, self._squares(log_precision)
 
     def gradient(self, log_precision: torch.Tensor) -> torch.Tensor:
-        """∂ log q / ∂ log δ = ½ (γ − δ ‖w‖²)."""
+        """∂ log q / ∂ log δ = ½ (c γ − δ ‖w‖²), with charge c = 1 the gradient of the evidence."""
         gamma, squares = self.balance(log_precision)
         return 0.5 * (gamma - log_precision.exp() * squares)  # Eq. gradient
 
@@ -96,7 +101,7 @@ class LaplaceEvidence:
 
 
 class FixedPointSolver:
-    """MacKay's fixed point δ = γ / ‖w‖², damped in the logarithm.
+    """MacKay's fixed point δ = c γ / ‖w‖² (charge c, usually 1), damped in the logarithm.
 
     Parameters
     ----------

@@ -368,6 +368,7 @@ class EvidenceStep(Callback):
             eigenvalues,
             squared_norms(net.enabled_tensors()),
             net.prior_.index,
+            net.course.start.charges(net.module_),
         )
 
     def ascend(self, net: SoftEquivariantNet, objective: LaplaceEvidence) -> Evidence:

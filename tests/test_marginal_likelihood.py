@@ -1,6 +1,7 @@
 """Evidence against closed forms and finite differences; its ascent; a toy whose truth is known."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from statistics import mean
 
@@ -191,6 +192,28 @@ def test_tensors_that_are_not_in_use_count_for_nothing():
     prior.log_precision[i] = 3.0
     assert objective.evidence(prior.log_precision) == before
     assert objective.gradient(prior.log_precision)[i] == 0
+
+
+def test_a_charge_multiplies_the_log_determinant_in_the_ascent_only():
+    plain, prior, _ = objective_of(BY_NAME["all"])
+    charged = replace(plain, charges={"blocks.0.fc.weight": 2.0})
+    at = torch.randn(len(prior.index), dtype=torch.float64)
+    assert charged.evidence(at) == plain.evidence(at)
+    i, h = prior.index["blocks.0.fc.weight"], 1e-4
+    step = torch.zeros_like(at)
+    step[i] = h
+    up, down = (charged.evidence(at + s) for s in (step, -step))
+    twice = [e.log_likelihood - 0.5 * e.scatter - e.log_det_ratio for e in (up, down)]
+    slope = charged.gradient(at)
+    assert slope[i].item() == pytest.approx((twice[0] - twice[1]) / (2 * h), rel=1e-5)
+    others = torch.arange(len(at)) != i
+    assert torch.equal(slope[others], plain.gradient(at)[others])
+    end = ascend(FixedPointSolver(), charged, prior.log_precision, 300)
+    assert end[i].exp().item() == pytest.approx(
+        2
+        * charged.effective_dimensions(end)["blocks.0.fc.weight"]
+        / charged.squared_norms["blocks.0.fc.weight"]
+    )
 
 
 # ── the ascent

@@ -190,6 +190,14 @@ def test_joint_start_does_nothing():
     assert all(torch.equal(w, state[name]) for name, w in network.named_parameters())
 
 
+def test_charges_of_free_pathways_beside_equivariant_ones():
+    network = network_of("conv", "factored_fc")
+    free = [name for name, _ in network.named_parameters() if ".factored_fc." in name]
+    assert SymmetricStart(charge=3.0).charges(network) == dict.fromkeys(free, 3.0)
+    assert JointStart().charges(network) == {}
+    assert SymmetricStart().charges(network_of("fc", "factored_fc")) == {}
+
+
 def test_symmetric_start_begins_with_the_equivariant_pathways():
     network = network_of(*ALL)
     SymmetricStart().begin(network)
