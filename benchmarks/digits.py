@@ -158,6 +158,7 @@ def task_result(clf, data):
         "n_weights": clf.n_weights_.tolist(),
         "symmetry": clf.symmetry_.tolist(),
         "equivariance_error": clf.equivariance_error(data.X_test).layers.tolist(),
+        "logits_equivariance_error": clf.equivariance_error(data.X_test).logits,
         "epochs": clf.n_iter_,
         "seconds": seconds,
     }

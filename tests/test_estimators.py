@@ -648,8 +648,10 @@ def test_symmetry_is_kept_or_broken_as_the_task_asks():
     assert fits["quadrant"].score(quadrant.X_test, quadrant.y_test) >= 0.86
     free = {task: clf.effective_dimensions_[:, 1].sum() for task, clf in fits.items()}
     assert free["digit"] < free["quadrant"]
-    higher = fits["quadrant"].symmetry_[:, 1] > fits["digit"].symmetry_[:, 1]
-    assert higher.sum() > len(higher) / 2
+    # Where the task asks for it; nowhere the other way round.
+    assert (fits["quadrant"].symmetry_[:, 1] >= fits["digit"].symmetry_[:, 1]).all()
+    errors = {task: clf.equivariance_error(tasks[task].X_test).logits for task, clf in fits.items()}
+    assert errors["digit"] < 0.5 * errors["quadrant"]
     strict = SoftEquivariantClassifier(pathways="conv", random_state=0)
     strict.fit(quadrant.X_train, quadrant.y_train)
     assert strict.score(quadrant.X_test, quadrant.y_test) <= 0.30
