@@ -505,6 +505,8 @@ class Course(Callback):
         """Take the mean weights of the cool-down, or the best state seen, and evaluate it."""
         self.mean.load(net.enabled_tensors())
         net.laplace_ = self.evidence.evaluate(net)
+        if self.endless or self.holding:  # the precisions wait for the next evaluation
+            return
         final = self.evidence.ascend(net, net.laplace_)
         joint = final.log_likelihood - 0.5 * final.scatter
         figure = (final.value if self.evidence.steps else joint) / net.data_.n_observations

@@ -585,6 +585,7 @@ def test_chunks_of_another_dtype(digits):
     clf.partial_fit(images.astype(np.float64), labels)
     assert next(clf.module_.parameters()).dtype == torch.float32
     assert np.isnan(clf.prior_precision_[:, 1]).all()  # still held back
+    assert set(clf.prior_precisions_by_name_.values()) == {1.0}  # before the burn-in is over
 
 
 def test_balanced_weights_need_all_of_the_data(digits):
