@@ -73,7 +73,7 @@ def fit(data, max_epochs):
     capped = any(issubclass(w.category, ConvergenceWarning) for w in caught)
     print(
         f"  {len(data.X_train)} training images, {len(clf.classes_)} classes, {clf.n_iter_} epochs "
-        f"in {seconds:.0f} s{' (the evidence still rose)' if capped else ''}"
+        f"in {seconds:.0f} s{' (not settled)' if capped else ''}"
     )
     print(f"  {len(data.X_test)} held-out images: accuracy {accuracy:.3f}, NLL {nll:.3f} nats")
     print(

@@ -364,7 +364,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         Warns
         -----
         ConvergenceWarning
-            If the evidence still rose at ``max_epochs``.
+            If the evidence had not settled by ``max_epochs``.
         """
         previous = self.net_ if self.warm_start and self.__sklearn_is_fitted__() else None
         classes = self.classes_ if previous else None
@@ -592,7 +592,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         if self.net_.course.capped:
             figure = "log evidence" if self.learn_prior else "log joint"
             warnings.warn(
-                f"The {figure} still rose when training had to end at max_epochs="
+                f"The {figure} had not settled when training had to end at max_epochs="
                 f"{self.max_epochs}. Raise max_epochs, or tol ({self.tol} nats per observation) "
                 "if this is good enough.",
                 ConvergenceWarning,
