@@ -8,6 +8,10 @@ with g the gradient of the log likelihood at the output of the map for a label o
 predictive. The expectation is taken with columns v of a root of the output Hessian: g = Jᵀ v, one
 backward pass each. Biases are exact: H = Σ_n E[g gᵀ] with g summed over positions and blocks.
 
+Where a map is given at anchors, A or Γ depends on a hyperparameter ω of the interpolation. With
+activations and gradients held fixed its derivative is Σ ∂t tᵀ + t ∂tᵀ over the tokens t; that of
+the log likelihood, in which everything follows, is Σ g · ∂out with g for the labels of the data.
+
 Gradients of weights are never formed; hooks live inside one call and hang on no layer after it.
 """
 
@@ -19,7 +23,7 @@ import torch
 from torch import nn
 
 from .kronecker import Kronecker
-from .layers import SharedLinear
+from .layers import SharedLinear, outer
 
 __all__ = ["Curvature", "Likelihood", "kronecker_factors"]
 
@@ -41,11 +45,13 @@ class Likelihood(Protocol):
 class Curvature(NamedTuple):
     """Kronecker factors by tensor name, and the log likelihood met on the way.
 
-    Both stand for N observations, whatever part of the data was seen.
+    All stand for N observations, whatever part of the data was seen. ``slopes`` holds
+    ∂ log likelihood / ∂ log ω by the name of each map that has an ω, if they were asked for.
     """
 
     factors: dict[str, Kronecker]
     log_likelihood: float
+    slopes: dict[str, float]
 
 
 def kronecker_factors(
@@ -56,6 +62,7 @@ def kronecker_factors(
     total_weight: float | None = None,
     n_sketches: int = 0,
     generator: torch.Generator | None = None,
+    lengthscales: bool = False,
 ) -> Curvature:
     """Factors of each tensor of each :class:`SharedLinear` that the network uses.
 
@@ -74,6 +81,9 @@ def kronecker_factors(
         Number of Rademacher sketches of the output Hessian; 0 takes all of its columns.
     generator : torch.Generator, optional
         Source of the sketches.
+    lengthscales : bool, default=False
+        Also the derivatives in log ω of every map that is given at anchors: those of its factors,
+        and that of the log likelihood, for one backward pass more.
 
     Returns
     -------
@@ -84,80 +94,149 @@ def kronecker_factors(
     for inputs, targets, weights in batches:
         with torch.enable_grad(), _recorded(network) as record:
             outputs = network(inputs)
-            detached = outputs.detach()
-            log_prob = likelihood.log_prob(detached, targets)
-            log_likelihood += torch.dot(weights.double(), log_prob.double()).item()
-            weight_seen += weights.double().sum().item()
-            root_weight = weights.sqrt().to(inputs.dtype)
-            weighted = bool((weights != 1).any())
-            if n_sketches:
-                assert generator is not None
-                columns = likelihood.hessian_sketch(detached, n_sketches, generator)
-            else:
-                columns = likelihood.hessian_root(detached)
-            columns = columns * root_weight[:, None, None]  # (n, K, columns)
-            for name, (layer, inp, _) in record.items():
-                sums.setdefault(name, _FactorSums(layer)).add_input(inp, root_weight, weighted)
-            pre_activations = [out for _, _, out in record.values()]
-            for j in range(columns.shape[-1]):
-                grads = torch.autograd.grad(
-                    outputs, pre_activations, columns[..., j], retain_graph=True
-                )
-                for name, grad in zip(record, grads, strict=True):
-                    sums[name].add_gradient(grad)
+        detached = outputs.detach()
+        log_prob = likelihood.log_prob(detached, targets)
+        log_likelihood += torch.dot(weights.double(), log_prob.double()).item()
+        weight_seen += weights.double().sum().item()
+        root_weight = weights.sqrt().to(inputs.dtype)
+        weighted = root_weight if (weights != 1).any() else None  # spares a pass over the tokens
+        for name, (layer, inp, _) in record.items():
+            sums.setdefault(name, _FactorSums(layer, lengthscales)).add_input(inp, weighted)
+        if lengthscales:
+            score = _score(likelihood, detached, targets, weights)
+            moving = {name: r for name, r in record.items() if r[0].interpolation is not None}
+            for name, grad in _gradients(outputs, moving, score):
+                sums[name].add_score(record[name][1], grad)
+        for column in _columns(likelihood, detached, n_sketches, generator):  # (n, K)
+            for name, grad in _gradients(outputs, record, column * root_weight[:, None]):
+                sums[name].add_gradient(grad)
     assert weight_seen > 0, "the batches hold no observation"
     total = weight_seen if total_weight is None else total_weight
     factors: dict[str, Kronecker] = {}
     for name, layer_sums in sums.items():
-        weight, bias = layer_sums.finish(weight_seen, total)
-        factors[f"{name}.weight"], factors[f"{name}.bias"] = weight, bias
-    return Curvature(factors, log_likelihood * total / weight_seen)
+        for tensor, factor in layer_sums.finish(weight_seen, total).items():
+            factors[f"{name}.{tensor}"] = factor
+    scale = total / weight_seen
+    slopes = {name: s.slope * scale for name, s in sums.items() if s.moving}
+    return Curvature(factors, log_likelihood * scale, slopes)
+
+
+def _columns(
+    likelihood: Likelihood,
+    outputs: torch.Tensor,
+    n_sketches: int,
+    generator: torch.Generator | None,
+) -> Iterator[torch.Tensor]:
+    """Columns v of a root of the output Hessian, or sketches of it, (n, K) each."""
+    if n_sketches:
+        assert generator is not None
+        return iter(likelihood.hessian_sketch(outputs, n_sketches, generator).unbind(-1))
+    return iter(likelihood.hessian_root(outputs).unbind(-1))
+
+
+def _score(
+    likelihood: Likelihood, outputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """∂ Σ_n w_n log p(y_n | f_n) / ∂f, shape (n, K)."""
+    with torch.enable_grad():
+        outputs = outputs.clone().requires_grad_()
+        log_likelihood = (likelihood.log_prob(outputs, targets) * weights).sum()
+        return torch.autograd.grad(log_likelihood, outputs)[0]
 
 
 class _FactorSums:
     """Running sums of the factors of one map."""
 
-    def __init__(self, layer: SharedLinear):
+    def __init__(self, layer: SharedLinear, lengthscales: bool):
         n_blocks, n_out, n_in = layer.weight.shape
         self.layer = layer
+        self.moving = lengthscales and layer.interpolation is not None
         self.left = layer.weight.new_zeros(n_blocks, n_in, n_in)
         self.right = layer.weight.new_zeros(n_blocks, n_out, n_out)
         self.bias = layer.weight.new_zeros(1, n_out, n_out)
+        self.left_tangent: torch.Tensor | None = None
+        self.right_tangent: torch.Tensor | None = None
+        self.slope = 0.0
         self.shared = True
 
     @torch.no_grad()
-    def add_input(self, inputs: torch.Tensor, root_weight: torch.Tensor, weighted: bool) -> None:
-        tokens = self.layer.input_tokens(inputs)  # (n, S, B, d_in)
-        if weighted:  # spares a pass over the largest arrays there are
-            tokens = tokens * root_weight[:, None, None, None]
-        self.left += _outer(tokens)  # Eq. A
-        self.shared = tokens.shape[1] > 1 or tokens.shape[2] > 1
+    def add_input(self, inputs: torch.Tensor, root_weight: torch.Tensor | None) -> None:
+        self.left += self.layer.input_gram(inputs, root_weight)  # Eq. A
+        change = self.layer.input_tangent(inputs) if self.moving else None
+        if change is not None:
+            tokens = self.layer.input_tokens(inputs)
+            if root_weight is not None:
+                tokens = tokens * root_weight.square()[:, None, None, None]
+            self.left_tangent = _added(self.left_tangent, outer(change, tokens))
 
     @torch.no_grad()
     def add_gradient(self, grad: torch.Tensor) -> None:
-        tokens = self.layer.output_tokens(grad)  # (n, S, B, d_out)
-        self.right += _outer(tokens) / tokens.shape[1]  # Eq. Γ
-        if self.shared:
-            self.bias += _outer(tokens.sum((1, 2), keepdim=True))  # Eq. H of the bias
+        tokens = self.layer.gradient_tokens(grad)  # (n, S, B, d_out)
+        n_positions = tokens.shape[1]
+        self.right += outer(tokens, tokens) / n_positions  # Eq. Γ
+        self.shared = n_positions > 1 or tokens.shape[2] > 1
+        if self.shared and self.layer.bias is not None:
+            summed = tokens.sum((1, 2), keepdim=True)
+            self.bias += outer(summed, summed)  # Eq. H of the bias
+        change = self.layer.gradient_tangent(grad) if self.moving else None
+        if change is not None:
+            self.right_tangent = _added(self.right_tangent, outer(change, tokens) / n_positions)
 
-    def finish(self, seen: float, total: float) -> tuple[Kronecker, Kronecker]:
+    @torch.no_grad()
+    def add_score(self, inputs: torch.Tensor, grad: torch.Tensor) -> None:
+        """Count in g · ∂out / ∂log ω, with g the gradient for the labels of the data."""
+        layer, grads = self.layer, self.layer.gradient_tokens(grad)
+        change = layer.input_tangent(inputs)
+        if change is not None:
+            self.slope += _bilinear(grads, layer.weight, change)
+        change = layer.gradient_tangent(grad)
+        if change is not None:
+            self.slope += _bilinear(change, layer.weight, layer.input_tokens(inputs))
+            if layer.bias is not None:
+                self.slope += (change * layer.bias).sum().item()
+
+    def finish(self, seen: float, total: float) -> dict[str, Kronecker]:
         """Curvature of weight and bias for N = total from sums over weight m = seen."""
-        right = self.right * (total / seen**2)  # Eq. H = A ⊗ Γ / m, times N/m
-        weight = Kronecker(self.left, right)
+        scale = total / seen**2  # Eq. H = A ⊗ Γ / m, times N/m
+        right = self.right * scale
+        d_left, d_right = _symmetric(self.left_tangent, 1.0), _symmetric(self.right_tangent, scale)
+        found = {"weight": Kronecker(self.left, right, d_left, d_right)}
         one = self.left.new_ones(1, 1, 1)
-        if self.shared:
-            return weight, Kronecker(one, self.bias * (total / seen))
-        # One position, one block: Γ itself, the same tensor, so that it is decomposed once.
-        return weight, Kronecker(one * seen, right)
+        if self.layer.bias is not None and self.shared:
+            found["bias"] = Kronecker(one, self.bias * (total / seen))
+        elif self.layer.bias is not None:
+            # One position, one block: Γ itself, the same tensor, so that it is decomposed once.
+            found["bias"] = Kronecker(one * seen, right)
+        return found
 
 
-def _outer(tokens: torch.Tensor) -> torch.Tensor:
-    """Σ_n Σ_s t tᵀ of each block: (n, S, B, d) → (B, d, d)."""
-    rows = tokens.permute(2, 0, 1, 3).flatten(1, 2)  # (B, n·S, d)
-    return torch.bmm(rows.transpose(1, 2), rows)
+def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    return part if total is None else total + part
+
+
+def _symmetric(half: torch.Tensor | None, scale: float) -> torch.Tensor | None:
+    """Σ ∂t tᵀ + t ∂tᵀ from its first half."""
+    return None if half is None else (half + half.transpose(1, 2)) * scale
+
+
+def _bilinear(left: torch.Tensor, weight: torch.Tensor, right: torch.Tensor) -> float:
+    """Σ_n Σ_s Σ_b lᵀ W_b r."""
+    return (outer(left, right).double() * weight).sum().item()
 
 
 Record = dict[str, tuple[SharedLinear, torch.Tensor, torch.Tensor]]
+
+
+def _gradients(
+    outputs: torch.Tensor, record: Record, vector: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gradients of vector · outputs at the output of each map of the record, by name."""
+    if not record:
+        return iter(())
+    grads = torch.autograd.grad(
+        outputs, [out for _, _, out in record.values()], vector, retain_graph=True
+    )
+    return zip(record, grads, strict=True)
 
 
 @contextmanager

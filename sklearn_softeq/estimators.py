@@ -1,6 +1,7 @@
 """The classifier: parameters, fit as a table of contents, and what a fit reveals."""
 
 import copy
+import math
 import warnings
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -17,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 from .groups import GROUPS
 from .layers import PATHWAYS
 from .likelihoods import Categorical
-from .marginal_likelihood import HYPER_SOLVERS
+from .marginal_likelihood import HYPER_SOLVERS, LengthscaleSolver
 from .networks import ARCHITECTURES, build_network
 from .predictive import log_odds, map_outputs
 from .schedules import LR_SCHEDULES, STARTS, LearningRate, Plateau
@@ -230,9 +231,11 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         "pathways": ["array-like", str],
         "architecture": [StrOptions(set(ARCHITECTURES))],
         "width": [Interval(Integral, 1, None, closed="left")],
+        "anchor_fraction": [Interval(Real, 0, 1, closed="right"), StrOptions({"auto"})],
         "image_shape": ["array-like", None],
         "standardize": ["boolean"],
         "learn_prior": ["boolean"],
+        "learn_lengthscale": ["boolean"],
         "start": [StrOptions(set(STARTS))],
         "prior_precision": [Interval(Real, 0, None, closed="neither")],
         "burn_in": [Interval(Integral, 1, None, closed="left")],
@@ -265,9 +268,11 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         pathways=("conv", "factored_fc"),
         architecture="auto",
         width=8,
+        anchor_fraction="auto",
         image_shape=None,
         standardize=True,
         learn_prior=True,
+        learn_lengthscale=False,
         start="symmetric",
         prior_precision=1.0,
         burn_in=20,
@@ -296,9 +301,11 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.pathways = pathways
         self.architecture = architecture
         self.width = width
+        self.anchor_fraction = anchor_fraction
         self.image_shape = image_shape
         self.standardize = standardize
         self.learn_prior = learn_prior
+        self.learn_lengthscale = learn_lengthscale
         self.start = start
         self.prior_precision = prior_precision
         self.burn_in = burn_in
@@ -517,7 +524,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             module__pathways=pathways,
             module__architecture=self.architecture,
             module__width=self.width,
-            module__scale=STARTS[self.start].scale(pathways),
+            module__scale=STARTS[self.start].scale,
+            module__anchor_fraction=self.anchor_fraction,
             module__dtype=data.inputs.dtype,
             **{f"optimizer__{name}": value for name, value in settings.items()},
         )
@@ -554,6 +562,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
                 self.curvature, self.curvature_samples, len(data), len(self.classes_)
             ),
             seed=seed,
+            lengthscales=LengthscaleSolver() if self.learn_lengthscale else None,
         )
 
     def _record(self, net: SoftEquivariantNet, data: TrainingData) -> None:
@@ -577,6 +586,11 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             name: np.inf if name in removed else value
             for name, value in net.prior_.precisions().items()
         }
+        self.lengthscales_by_name_ = {
+            name: math.exp(-interpolation.log_omega.item())
+            for name, interpolation in network.interpolations.items()
+            if f"{name}.weight" in net.enabled_tensors()
+        }
         self.layer_names_ = layer_names(network)
         self.pathway_names_ = pathway_names(network)
         self.prior_precision_ = precision_table(network, net.prior_.precisions())
@@ -585,7 +599,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.n_weights_ = sum_table(network, sizes).astype(np.int64)
         enabled = enabled_table(network)
         self.symmetry_ = shares(self.effective_dimensions_, enabled)
-        self.symmetry_per_weight_ = shares(self.effective_dimensions_ / self.n_weights_, enabled)
+        per_weight = self.effective_dimensions_ / np.maximum(self.n_weights_, 1)
+        self.symmetry_per_weight_ = shares(per_weight, enabled)
         self.output_share_ = output_shares(network, data.in_order(CURVATURE_BATCH))
 
     def _warn_if_not_converged(self) -> None:
@@ -677,15 +692,18 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         ----------
         X : array-like of shape (n, features), (n, H, W) or (n, C, H, W)
             Images to measure on.
-        group : {"translation"}, default="translation"
-            Cyclic shifts of the padded canvas, by one pixel and by half of it.
+        group : {"translation", "p4", "p4m", "pm"}, default="translation"
+            "translation": cyclic shifts of the padded canvas, by one pixel and by half of it.
+            "p4": its quarter turns; "pm": its reflection left ↔ right; "p4m": both. Where the
+            canvas, or the grid of a layer, is not square, only those that keep its shape.
 
         Returns
         -------
         Bunch
             ``layers`` : ndarray of shape (L,), ‖f(gh) − g f(h)‖ / ‖f(h)‖ of each layer on its own
-            input; 0 is strict equivariance. ``logits`` : float, ‖f(gx) − f(x)‖ / ‖f(x)‖ of the
-            whole network; 0 is invariance.
+            input; 0 is strict equivariance. ``free`` : ndarray of shape (L,), the same of an
+            untrained free layer in its place, the scale at which no symmetry is left.
+            ``logits`` : float, ‖f(gx) − f(x)‖ / ‖f(x)‖ of the whole network; 0 is invariance.
 
         Raises
         ------
@@ -695,8 +713,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         (name,) = check_names(group, GROUPS, "group")
         batches = self._new_images(X).to(self.device_).split(CURVATURE_BATCH)
-        layers, logits = equivariance_errors(self.module_, batches, GROUPS[name])
-        return Bunch(layers=layers, logits=logits)
+        return Bunch(**equivariance_errors(self.module_, batches, GROUPS[name])._asdict())
 
 
 def _evaluations(net: SoftEquivariantNet) -> dict[str, np.ndarray]:

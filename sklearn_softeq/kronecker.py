@@ -22,10 +22,14 @@ class Spectrum:
         Eigenvalues λ of the input factors, float64.
     right : tensor of shape (B, d_out)
         Eigenvalues μ of the gradient factors, float64.
+    left_tangent, right_tangent : tensor of the same shape, optional
+        Derivatives of λ and μ in a hyperparameter that reaches the factors.
     """
 
     left: torch.Tensor
     right: torch.Tensor
+    left_tangent: torch.Tensor | None = None
+    right_tangent: torch.Tensor | None = None
 
     def eigenvalues(self) -> torch.Tensor:
         """All products λ_i μ_j, shape (B, d_in, d_out)."""
@@ -40,6 +44,15 @@ class Spectrum:
         products = self.eigenvalues()
         return (products / (products + precision)).sum()  # Eq. effective dimensions
 
+    def log_det_slope(self, precision: torch.Tensor) -> torch.Tensor:
+        """Derivative of ``log_det_ratio``, Σ_b Σ_ij (∂λ_i μ_j + λ_i ∂μ_j) / (λ_i μ_j + δ)."""
+        change = torch.zeros((), dtype=self.left.dtype)
+        if self.left_tangent is not None:
+            change = change + self.left_tangent[:, :, None] * self.right[:, None, :]
+        if self.right_tangent is not None:
+            change = change + self.left[:, :, None] * self.right_tangent[:, None, :]
+        return (change / (self.eigenvalues() + precision)).sum()  # Eq. slope in ω
+
 
 @dataclass(frozen=True, eq=False)
 class Kronecker:
@@ -51,10 +64,14 @@ class Kronecker:
         Input factors A.
     right : tensor of shape (B, d_out, d_out)
         Gradient factors Γ, scaled so that the product is the curvature itself.
+    left_tangent, right_tangent : tensor of the same shape, optional
+        Derivatives of A and Γ in a hyperparameter that reaches them.
     """
 
     left: torch.Tensor
     right: torch.Tensor
+    left_tangent: torch.Tensor | None = None
+    right_tangent: torch.Tensor | None = None
 
     def to_dense(self) -> torch.Tensor:
         """The full matrix, (B·d_in·d_out) squared; for small cases and tests."""
@@ -78,10 +95,30 @@ def spectra(factors: dict[str, Kronecker]) -> dict[str, Spectrum]:
             known[id(matrix)] = _eigenvalues(matrix, name)
         return known[id(matrix)]
 
-    return {
-        name: Spectrum(eigenvalues(k.left, name), eigenvalues(k.right, name))
-        for name, k in factors.items()
-    }
+    found = {}
+    for name, k in factors.items():
+        sides = ((k.left, k.left_tangent), (k.right, k.right_tangent))
+        (left, d_left), (right, d_right) = (
+            (eigenvalues(matrix, name), None) if tangent is None else _moving(matrix, tangent, name)
+            for matrix, tangent in sides
+        )
+        found[name] = Spectrum(left, right, d_left, d_right)
+    return found
+
+
+def _moving(
+    matrix: torch.Tensor, tangent: torch.Tensor, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues and their derivatives, ∂λ_i = q_iᵀ ∂A q_i."""
+    matrix, tangent = (m.to("cpu", torch.float64) for m in (matrix, tangent))
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        raise _not_finite(name) from None
+    slopes = (vectors * (tangent @ vectors)).sum(-2)
+    if not torch.isfinite(values).all():
+        raise _not_finite(name)
+    return values.clamp_min(0.0), slopes
 
 
 def _eigenvalues(matrix: torch.Tensor, name: str) -> torch.Tensor:
@@ -93,11 +130,15 @@ def _eigenvalues(matrix: torch.Tensor, name: str) -> torch.Tensor:
             values = _solved(matrix.to("cpu", torch.float64))
     values = values.to("cpu", torch.float64)
     if not torch.isfinite(values).all():
-        raise ValueError(
-            f"The eigenvalues of the curvature factor of {name!r} could not be computed: "
-            "the factor is not finite. Lower the learning rate or scale the inputs."
-        )
+        raise _not_finite(name)
     return values.clamp_min(0.0)
+
+
+def _not_finite(name: str) -> ValueError:
+    return ValueError(
+        f"The eigenvalues of the curvature factor of {name!r} could not be computed: "
+        "the factor is not finite. Lower the learning rate or scale the inputs."
+    )
 
 
 def _solved(matrix: torch.Tensor) -> torch.Tensor:

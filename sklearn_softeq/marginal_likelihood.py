@@ -3,7 +3,8 @@
     log q(D | δ) = log p(D | w*) − ½ Σ_g δ_g ‖w*_g‖² − ½ Σ_g Σ_ij log(1 + λ_i μ_j / δ_g)
 
 Nothing in λ, μ depends on δ: one eigendecomposition serves any number of steps. The gradient is
-in closed form, ∂ log q / ∂ log δ_g = ½ (γ_g − δ_g ‖w*_g‖²).
+in closed form, ∂ log q / ∂ log δ_g = ½ (γ_g − δ_g ‖w*_g‖²). A lengthscale reaches λ, μ and the
+likelihood: there each evidence gives a gradient for one step.
 """
 
 from collections.abc import Mapping
@@ -12,10 +13,19 @@ from typing import NamedTuple
 
 import torch
 
+from .anchors import LOG_OMEGA_BOUNDS
 from .hyperparameters import LOG_PRECISION_BOUNDS
 from .kronecker import Spectrum
 
-__all__ = ["HYPER_SOLVERS", "AdamSolver", "Evidence", "FixedPointSolver", "LaplaceEvidence"]
+__all__ = [
+    "HYPER_SOLVERS",
+    "AdamSolver",
+    "Ascent",
+    "Evidence",
+    "FixedPointSolver",
+    "LaplaceEvidence",
+    "LengthscaleSolver",
+]
 
 _TINY = 1e-30  # below any squared norm or γ that a float32 network can produce on purpose
 
@@ -54,6 +64,8 @@ class LaplaceEvidence:
     charges : dict of str to float, optional
         How many times the log determinant of a tensor counts in the ascent; 1 where it has no
         entry. The evidence itself always counts it once.
+    slopes : dict of str to float, optional
+        ∂ log p(D | w*) / ∂ log ω by the name of each map with a lengthscale.
     """
 
     log_likelihood: float
@@ -61,6 +73,7 @@ class LaplaceEvidence:
     squared_norms: dict[str, float]
     index: dict[str, int]
     charges: Mapping[str, float] = field(default_factory=dict)
+    slopes: Mapping[str, float] = field(default_factory=dict)
 
     def evidence(self, log_precision: torch.Tensor) -> Evidence:
         """The estimate and its terms at a vector of log precisions."""
@@ -92,6 +105,17 @@ class LaplaceEvidence:
         """∂ log q / ∂ log δ = ½ (c γ − δ ‖w‖²), with charge c = 1 the gradient of the evidence."""
         gamma, squares = self.balance(log_precision)
         return 0.5 * (gamma - log_precision.exp() * squares)  # Eq. gradient
+
+    def lengthscale_gradient(self, log_precision: torch.Tensor) -> dict[str, float]:
+        """∂ log q / ∂ log ω of each map with a lengthscale, activations held fixed in log det."""
+        gradient = {}
+        for name, slope in self.slopes.items():
+            tensor = f"{name}.weight"
+            precision = log_precision[self.index[tensor]].exp()
+            log_det_slope = self.spectra[tensor].log_det_slope(precision).item()
+            # Eq. gradient in ω
+            gradient[name] = slope - 0.5 * self.charges.get(tensor, 1.0) * log_det_slope
+        return gradient
 
     def _squares(self, log_precision: torch.Tensor) -> torch.Tensor:
         squares = torch.zeros_like(log_precision)
@@ -126,8 +150,36 @@ class FixedPointSolver:
         return (log_precision + step.clamp(-_MAX_STEP, _MAX_STEP)).clamp(*LOG_PRECISION_BOUNDS)
 
 
+class Ascent:
+    """Adam on a vector of logarithms, ascending; its moments last from step to step.
+
+    Parameters
+    ----------
+    rate : float
+        About the change of a logarithm in one step.
+    bounds : pair of float
+        Of each entry.
+    """
+
+    def __init__(self, rate: float, bounds: tuple[float, float]):
+        self.rate = rate
+        self.bounds = bounds
+        self._vector = torch.zeros(0, dtype=torch.float64)
+        self._adam: torch.optim.Adam | None = None
+
+    def step(self, vector: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """One step from a vector along a gradient."""
+        if self._adam is None:
+            self._vector = vector.clone()
+            self._adam = torch.optim.Adam([self._vector], lr=self.rate, maximize=True)
+        self._vector.copy_(vector)
+        self._vector.grad = gradient
+        self._adam.step()
+        return self._vector.clamp(*self.bounds)
+
+
 class AdamSolver:
-    """Adam on the log precisions, ascending (the paper's choice); its moments last over passes.
+    """Adam on the log precisions, ascending (the paper's choice).
 
     Parameters
     ----------
@@ -136,19 +188,37 @@ class AdamSolver:
     """
 
     def __init__(self, rate: float = 0.1):
-        self.rate = rate
-        self._log_precision = torch.zeros(0, dtype=torch.float64)
-        self._adam: torch.optim.Adam | None = None
+        self.ascent = Ascent(rate, LOG_PRECISION_BOUNDS)
 
     def step(self, objective: LaplaceEvidence, log_precision: torch.Tensor) -> torch.Tensor:
         """One update of the vector log δ."""
-        if self._adam is None:
-            self._log_precision = log_precision.clone()
-            self._adam = torch.optim.Adam([self._log_precision], lr=self.rate, maximize=True)
-        self._log_precision.copy_(log_precision)
-        self._log_precision.grad = objective.gradient(log_precision)
-        self._adam.step()
-        return self._log_precision.clamp(*LOG_PRECISION_BOUNDS)
+        return self.ascent.step(log_precision, objective.gradient(log_precision))
+
+
+class LengthscaleSolver:
+    """One step of Adam on all log ω at each evidence.
+
+    Not more than one: the eigenvalues are those of the present ω, and so is the fit.
+
+    Parameters
+    ----------
+    rate : float, default=0.1
+        About the change of log ω in one step.
+    """
+
+    def __init__(self, rate: float = 0.1):
+        self.ascent = Ascent(rate, LOG_OMEGA_BOUNDS)
+
+    def step(
+        self, log_omegas: Mapping[str, float], gradient: Mapping[str, float]
+    ) -> dict[str, float]:
+        """New log ω of each map that has a gradient, from those of all maps."""
+        vector, slopes = (
+            torch.tensor(values, dtype=torch.float64)
+            for values in (list(log_omegas.values()), [gradient.get(n, 0.0) for n in log_omegas])
+        )
+        moved = dict(zip(log_omegas, self.ascent.step(vector, slopes).tolist(), strict=True))
+        return {name: moved[name] for name in gradient}
 
 
 Solver = AdamSolver | FixedPointSolver

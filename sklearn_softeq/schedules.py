@@ -6,13 +6,14 @@ pathways of a network.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
 from .hyperparameters import LOG_PRECISION_BOUNDS, LayerwisePrior
-from .layers import PATHWAYS, Pathway, PathwaySum
+from .layers import Pathway, PathwaySum
 from .networks import SoftEquivariantNetwork
 
 __all__ = [
@@ -142,21 +143,21 @@ def _pathways(network: SoftEquivariantNetwork) -> list[Entry]:
     ]
 
 
-def _free_pathways(network: SoftEquivariantNetwork) -> list[Entry]:
-    """Those that are not equivariant; none if there is no equivariant one to start from."""
-    found = _pathways(network)
-    if not any(pathway.equivariant for *_, pathway in found):
-        return []
-    return [entry for entry in found if not entry[-1].equivariant]
+def _held_pathways(network: SoftEquivariantNetwork) -> list[Entry]:
+    """Those beside which another one keeps more symmetry: the network can start without them."""
+    return [entry for entry in _pathways(network) if entry[2] in entry[1].less_symmetric]
 
 
 class JointStart:
-    """All pathways at once, from random weights (the paper)."""
+    """All pathways at once, from random weights (the paper).
 
-    @staticmethod
-    def scale(pathways: Iterable[str]) -> str:
-        """Factor of the sum of these pathways, a key of ``networks.SCALES``."""
-        return "sqrt"
+    Attributes
+    ----------
+    scale : str
+        Factor of the sums of pathways, a key of ``networks.SCALES``.
+    """
+
+    scale: ClassVar[str] = "sqrt"
 
     def begin(self, network: SoftEquivariantNetwork) -> None:
         """Nothing is held back."""
@@ -183,17 +184,17 @@ class JointStart:
 
 @dataclass
 class SymmetricStart:
-    """Symmetry first: the equivariant pathways alone until the end of the burn-in, then the rest.
+    """Symmetry first: the most symmetric pathways until the end of the burn-in, then the rest.
 
-    At the release the free pathways are exactly zero, so the network goes on as the symmetric
-    one; their precisions then let them grow or hold them down. One whose effective dimensions
-    stay below 1 at three evaluations of the evidence is removed for good: its weights become
-    zero and its computation is skipped.
+    At the release the others are exactly zero, so the network goes on as the symmetric one; their
+    precisions then let them grow or hold them down. One whose effective dimensions stay below 1
+    at three evaluations of the evidence is removed for good: its weights become zero and its
+    computation is skipped.
 
     Parameters
     ----------
     charge : float, default=2.0
-        How many times the log determinants of free pathways count in the hyper steps. The
+        How many times the log determinants of the others count in the hyper steps. The
         Kronecker factors overstate the log determinant of a convolution (1.9 times the exact
         block's) more than that of a factored layer (1.2 to 1.5 times), and charge a function
         that both can carry twice; counted once, free pathways survive on symmetric tasks.
@@ -207,16 +208,11 @@ class SymmetricStart:
     threshold: float = 1.0
     patience: int = 3
     low: dict[str, int] = field(default_factory=dict)
-
-    @staticmethod
-    def scale(pathways: Iterable[str]) -> str:
-        """The plain sum, if some pathways are held back and the others start alone."""
-        kinds = [PATHWAYS[name].equivariant for name in pathways]
-        return "sum" if any(kinds) and not all(kinds) else "sqrt"
+    scale: ClassVar[str] = "symmetric"
 
     def begin(self, network: SoftEquivariantNetwork) -> None:
-        """Switch the free pathways off."""
-        for _, block, name, _ in _free_pathways(network):
+        """Switch off what is less symmetric than another pathway of its layer."""
+        for _, block, name, _ in _held_pathways(network):
             block.enabled[name] = False
 
     def release(
@@ -226,26 +222,26 @@ class SymmetricStart:
         learn: bool,
         generator: torch.Generator | None = None,
     ) -> bool:
-        """Switch the free pathways on, at zero; whether there were any.
+        """Switch on what was held back, at zero; whether there was any.
 
-        Where precisions are learned (``learn``), those of the free pathways start at the scale
+        Where precisions are learned (``learn``), those of these pathways start at the scale
         of a random start of their weights.
         """
-        free = _free_pathways(network)
-        for prefix, block, name, pathway in free:
+        held = _held_pathways(network)
+        for prefix, block, name, pathway in held:
             pathway.reset(generator)
             for factor in pathway.factor_names if learn else ():
                 mean_square = pathway.get_parameter(factor).detach().square().mean().item()
                 prior.set_precision(f"{prefix}.{factor}", 1.0 / mean_square)
             pathway.silence()
             block.enabled[name] = True
-        return bool(free)
+        return bool(held)
 
     def charges(self, network: SoftEquivariantNetwork) -> dict[str, float]:
-        """The charge of each tensor of the free pathways."""
+        """The charge of each tensor of what is held back at the start."""
         return {
             f"{prefix}.{tensor}": self.charge
-            for prefix, _, _, pathway in _free_pathways(network)
+            for prefix, _, _, pathway in _held_pathways(network)
             for tensor, _ in pathway.named_parameters()
         }
 
@@ -253,7 +249,7 @@ class SymmetricStart:
         self, network: SoftEquivariantNetwork, effective_dimensions: Mapping[str, float]
     ) -> None:
         """Remove what the evidence has switched off."""
-        for prefix, block, name, pathway in _free_pathways(network):
+        for prefix, block, name, pathway in _held_pathways(network):
             if not block.enabled[name]:
                 continue
             tensors = (f"{prefix}.{tensor}" for tensor, _ in pathway.named_parameters())

@@ -1,18 +1,21 @@
 """What a fitted network says about symmetry, as arrays (layer × pathway).
 
-Everything here goes by the names of tensors, ``blocks.<layer>.<pathway>.<tensor>``.
+Everything here goes by the names of tensors, ``<layer>.<pathway>.<tensor>``.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from .curvature import Batch
-from .groups import Translation
+from .groups import Symmetry
+from .layers import PathwaySum, untrained_free_layer
 from .networks import SoftEquivariantNetwork
 
 __all__ = [
+    "EquivarianceErrors",
     "enabled_table",
     "equivariance_errors",
     "layer_names",
@@ -25,18 +28,18 @@ __all__ = [
 
 
 def layer_names(network: SoftEquivariantNetwork) -> list[str]:
-    """Names of the blocks."""
+    """Names of the layers that are sums of pathways."""
     return list(network.layers)
 
 
 def pathway_names(network: SoftEquivariantNetwork) -> list[str]:
-    """Names of the pathways, the same in every block."""
-    return list(next(iter(network.layers.values())).pathways)
+    """Names of the pathways of any layer, in the order in which they first appear."""
+    return list(dict.fromkeys(n for layer in network.layers.values() for n in layer.pathways))
 
 
 def sum_table(network: SoftEquivariantNetwork, values: Mapping[str, float]) -> np.ndarray:
-    """Sums of a figure over the tensors of each pathway, shape (L, P)."""
-    table = np.zeros((len(network.blocks), len(pathway_names(network))))
+    """Sums of a figure over the tensors of each pathway, shape (L, P); 0 where there is none."""
+    table = np.zeros((len(layer_names(network)), len(pathway_names(network))))
     for i, layer in enumerate(layer_names(network)):
         for j, pathway in enumerate(pathway_names(network)):
             prefix = f"{layer}.{pathway}."
@@ -47,26 +50,31 @@ def sum_table(network: SoftEquivariantNetwork, values: Mapping[str, float]) -> n
 def precision_table(network: SoftEquivariantNetwork, precisions: Mapping[str, float]) -> np.ndarray:
     """Prior precision of each pathway's weights, shape (L, P).
 
-    It is inf where a pathway was removed, NaN where it was still held back.
+    It is inf where a pathway was removed, NaN where it was still held back, or the layer has none
+    of that name.
 
     Of a product of factors it is √(δ_U δ_V): the function V U depends on the product alone, and
     the ratio of the two is a gauge.
     """
-    table = np.full((len(network.blocks), len(pathway_names(network))), np.nan)
+    names = pathway_names(network)
+    table = np.full((len(network.layers), len(names)), np.nan)
     for i, (layer, block) in enumerate(network.layers.items()):
-        for j, (name, pathway) in enumerate(block.pathways.items()):
+        for name, pathway in block.pathways.items():
             if block.removed(name):
-                table[i, j] = np.inf
+                table[i, names.index(name)] = np.inf
             elif block.enabled[name]:
                 tensors = [f"{layer}.{name}.{factor}" for factor in pathway.factor_names]
                 # Eq. gauge-free precision: the geometric mean of the factors'
-                table[i, j] = np.exp(np.mean([np.log(precisions[t]) for t in tensors]))
+                mean = np.exp(np.mean([np.log(precisions[t]) for t in tensors]))
+                table[i, names.index(name)] = mean
     return table
 
 
 def enabled_table(network: SoftEquivariantNetwork) -> np.ndarray:
-    """Which pathways are on, bool of shape (L, P)."""
-    return np.array([list(block.enabled.values()) for block in network.layers.values()])
+    """Which pathways are there and on, bool of shape (L, P)."""
+    names = pathway_names(network)
+    layers = network.layers.values()
+    return np.array([[layer.enabled.get(name, False) for name in names] for layer in layers])
 
 
 def shares(table: np.ndarray, enabled: np.ndarray) -> np.ndarray:
@@ -87,64 +95,98 @@ def output_shares(network: SoftEquivariantNetwork, batches: Iterable[Batch]) -> 
         Each row's energy counts by its weight.
     """
     names = pathway_names(network)
-    energy = np.zeros((len(network.blocks), len(names)))
+    energy = np.zeros((len(network.layers), len(names)))
     for inputs, _, weights in batches:
-        features = network.pad(inputs)
-        for i, block in enumerate(network.layers.values()):
-            outputs = block.outputs(features)
-            for name, output in outputs.items():
+        seen = network.layer_inputs(inputs)
+        for i, (layer, block) in enumerate(network.layers.items()):
+            for name, output in block.outputs(seen[layer]).items():
                 squares = output.flatten(1).square().sum(1).double()
                 energy[i, names.index(name)] += torch.dot(squares, weights.double()).item()
-            features = torch.relu(torch.stack(list(outputs.values())).sum(0))
     return shares(energy, enabled_table(network))
+
+
+class EquivarianceErrors(NamedTuple):
+    """Measured errors of equivariance: 0 is strict.
+
+    Parameters
+    ----------
+    layers : ndarray of shape (L,)
+        Of each layer.
+    free : ndarray of shape (L,)
+        Of an untrained free layer in its place: the scale at which no symmetry is left.
+    logits : float
+        Of the whole network.
+    """
+
+    layers: np.ndarray
+    free: np.ndarray
+    logits: float
 
 
 @torch.no_grad()
 def equivariance_errors(
-    network: SoftEquivariantNetwork, batches: Iterable[torch.Tensor], group: Translation
-) -> tuple[np.ndarray, float]:
+    network: SoftEquivariantNetwork, batches: Iterable[torch.Tensor], group: Symmetry
+) -> EquivarianceErrors:
     """How far each layer, and the whole network, is from commuting with a group.
 
     For each layer l on its own input h: ‖f_l(g h) − g' f_l(h)‖ / ‖f_l(h)‖, over the data in the
     Frobenius norm, where g' is for each sample the nearest of the output's elements that may
     answer to g at the layer's stride; then the mean over g. For the network: ‖f(g x) − f(x)‖ /
     ‖f(x)‖ of the logits.
-
-    Returns
-    -------
-    layers : ndarray of shape (L,)
-        0 is a strictly equivariant layer; an unconstrained one is of order 1.
-    logits : float
-        0 is an invariant network.
     """
-    n_layers = len(network.blocks)
-    squares = [dict[tuple[int, int], float]() for _ in range(n_layers + 1)]
-    norms = np.zeros(n_layers + 1)
+    layers, free = ({name: _Error() for name in network.layers} for _ in range(2))
+    logits = _Error()
     for images in batches:
-        features = canvas = network.pad(images)
-        for i, block in enumerate(network.layers.values()):
-            outputs = block(features)
-            norms[i] += outputs.double().square().sum().item()
-            for g in group.elements((features.shape[2], features.shape[3])):
-                moved = block(group.act(features, g))
-                distance = torch.stack(
-                    [
-                        (moved - group.act(outputs, a)).double().square().sum((1, 2, 3))
-                        for a in group.output_elements(g, block.stride)
-                    ]
-                ).amin(0)  # (n,)
-                squares[i][g] = squares[i].get(g, 0.0) + distance.sum().item()
-            features = torch.relu(outputs)
-        logits = network(images).double()
-        norms[-1] += logits.square().sum().item()
+        for name, features in network.layer_inputs(images).items():
+            layer = network.layers[name]
+            untrained = untrained_free_layer(features, layer(features), layer)
+            _add_errors(layers[name], layer, features, group)
+            _add_errors(free[name], untrained, features, group)
+        canvas, outputs = network.pad(images), network(images)
         for g in group.elements(network.canvas):
-            change = (network(group.act(canvas, g)).double() - logits).square().sum().item()
-            squares[-1][g] = squares[-1].get(g, 0.0) + change
-    errors = np.array(
-        [
-            # Eq. equivariance error
-            np.mean([np.sqrt(s / norm) for s in found.values()]) if found and norm > 0 else 0.0
-            for found, norm in zip(squares, norms, strict=True)
-        ]
+            logits.add(g, network(group.act(canvas, g)), [outputs], outputs)
+    layer_errors, free_errors = (
+        np.array([error.mean() for error in found.values()]) for found in (layers, free)
     )
-    return errors[:-1], float(errors[-1])
+    return EquivarianceErrors(layer_errors, free_errors, logits.mean())
+
+
+def _add_errors(
+    error: "_Error", layer: PathwaySum, features: torch.Tensor, group: Symmetry
+) -> None:
+    """Count in the error of a layer on its input, for each element."""
+    outputs = layer(features)
+    for g in group.elements((features.shape[2], features.shape[3])):
+        moved = layer(group.act(features, g, layer.in_group))
+        answers = group.output_elements(g, layer.stride)
+        error.add(g, moved, [group.act(outputs, a, layer.out_group) for a in answers], outputs)
+
+
+class _Error:
+    """Sums for one error of equivariance, by group element."""
+
+    def __init__(self) -> None:
+        self.squares: dict[object, float] = {}
+        self.norms: dict[object, float] = {}
+
+    def add(
+        self,
+        element: object,
+        moved: torch.Tensor,
+        candidates: list[torch.Tensor],
+        outputs: torch.Tensor,
+    ) -> None:
+        """Count in ‖f(g h) − g' f(h)‖² of each sample at the best g', and ‖f(h)‖²."""
+        distances = [(moved - c).double().flatten(1).square().sum(1) for c in candidates]
+        square = torch.stack(distances).amin(0).sum().item()
+        self.squares[element] = self.squares.get(element, 0.0) + square
+        norm = outputs.double().square().sum().item()
+        self.norms[element] = self.norms.get(element, 0.0) + norm
+
+    def mean(self) -> float:
+        """The mean over g of the relative errors; 0 where no element moves anything."""
+        ratios = [
+            np.sqrt(square / self.norms[g]) if self.norms[g] > 0 else 0.0
+            for g, square in self.squares.items()
+        ]
+        return float(np.mean(ratios)) if ratios else 0.0  # Eq. equivariance error

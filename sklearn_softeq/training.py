@@ -21,7 +21,7 @@ from .curvature import Batch, kronecker_factors
 from .hyperparameters import LayerwisePrior, squared_norms
 from .kronecker import spectra
 from .layers import PathwaySum
-from .marginal_likelihood import Evidence, LaplaceEvidence, Solver
+from .marginal_likelihood import Evidence, LaplaceEvidence, LengthscaleSolver, Solver
 from .schedules import LearningRate, Plateau, Start, fix_gauge
 
 __all__ = [
@@ -326,6 +326,8 @@ class EvidenceStep(Callback):
     seed : int
         Of the sketches: a generator of its own, so that learning the prior does not change the
         order of the batches.
+    lengthscales : LengthscaleSolver, optional
+        How the lengthscales of interpolations ascend; default: they stay.
     """
 
     def __init__(
@@ -336,6 +338,7 @@ class EvidenceStep(Callback):
         every: int,
         n_sketches: int,
         seed: int,
+        lengthscales: LengthscaleSolver | None = None,
     ):
         self.solver = solver
         self.steps = steps
@@ -343,6 +346,8 @@ class EvidenceStep(Callback):
         self.every = every
         self.n_sketches = n_sketches
         self.seed = seed
+        self.lengthscales = lengthscales
+        self._slopes: dict[str, float] = {}
 
     def due(self, epoch: int) -> bool:
         """Whether the evidence is evaluated after this epoch."""
@@ -358,6 +363,7 @@ class EvidenceStep(Callback):
             total_weight=net.data_.n_observations,
             n_sketches=self.n_sketches,
             generator=generator,
+            lengthscales=self.lengthscales is not None,
         )
         try:
             eigenvalues = spectra(curvature.factors)
@@ -369,6 +375,7 @@ class EvidenceStep(Callback):
             squared_norms(net.enabled_tensors()),
             net.prior_.index,
             net.course.start.charges(net.module_),
+            curvature.slopes,
         )
 
     def ascend(self, net: SoftEquivariantNet, objective: LaplaceEvidence) -> Evidence:
@@ -378,6 +385,19 @@ class EvidenceStep(Callback):
             log_precision = self.solver.step(objective, log_precision)
         net.prior_.log_precision.copy_(log_precision)
         return objective.evidence(log_precision)
+
+    def on_epoch_begin(self, net, **kwargs):
+        """Take a step of the lengthscales, if there are slopes to follow.
+
+        Not at once when they are found: the state that was evaluated may be one to return to.
+        """
+        if self.lengthscales is None or not self._slopes:
+            return
+        interpolations = net.module_.interpolations
+        present = {name: i.log_omega.item() for name, i in interpolations.items()}
+        for name, value in self.lengthscales.step(present, self._slopes).items():
+            interpolations[name].set_log_omega(value)
+        self._slopes = {}
 
     def on_epoch_end(self, net, **kwargs):
         if not self.steps or not self.due(len(net.history)):
@@ -389,8 +409,9 @@ class EvidenceStep(Callback):
         net.history.record("log_marginal_likelihood", evidence.value)
         net.history.record("n_observations", net.data_.n_observations)
         net.effective_dimensions_ = objective.effective_dimensions(net.prior_.log_precision.cpu())
-        if not net.course.rate.cooling:  # where weights are averaged, they share one gauge
+        if not net.course.rate.cooling:  # weights that are averaged share one gauge and one Ψ
             fix_gauge(net.module_, net.prior_)
+            self._slopes = objective.lengthscale_gradient(net.prior_.log_precision.cpu())
         net.update_decay()
 
 

@@ -1,0 +1,133 @@
+"""Group convolutions: filters are moved by every element, and orientations are mixed.
+
+    y[d, g, y] = Σ_{c,h,x} k[d, c, g⁻¹h, g⁻¹(x − y)] f[c, h, x]
+
+For each g the filter is moved *and* its orientation axis permuted. An image, which has no
+orientations, is lifted: y[d, g, y] = Σ_{c,x} k[d, c, g⁻¹(x − y)] f[c, x].
+"""
+
+import math
+from itertools import product
+
+import torch
+from torch import nn
+
+from ..groups import PointGroup
+from .contract import Grid, LayerSpec, outer
+from .conv import Conv, circular_pad
+
+__all__ = ["GroupConv"]
+
+
+class GroupConv(Conv):
+    """A convolution over a point group and the translations; S = G·Y positions, D biases.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        All channels, orientations included.
+    grid, stride : pair of int
+        Of the input; of the subsampling.
+    group : PointGroup
+        G, what it commutes with.
+    in_group, out_group : PointGroup, optional
+        Whose orientations the channels have: G (the default), a larger group, of which each coset
+        of G is a channel more, or for the input P1: an image, which is lifted.
+
+    References
+    ----------
+    T. Cohen, M. Welling, "Group Equivariant Convolutional Networks", ICML 2016.
+    """
+
+    _taps: torch.Tensor
+    _rows: torch.Tensor
+    _patch: torch.Tensor
+    _places: torch.Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        grid: Grid,
+        stride: Grid = (1, 1),
+        *,
+        group: PointGroup,
+        in_group: PointGroup | None = None,
+        out_group: PointGroup | None = None,
+    ):
+        out_group = out_group or group
+        n_out = out_channels // group.order  # one filter for all orientations of an output
+        super().__init__(in_channels, out_channels, grid, stride, n_filters=n_out)
+        self.group = group
+        taps = _taps(group, in_group or group, in_channels, self.kernel)  # (G, C·G·k²)
+        rows = _orientations(group, out_group, n_out)  # (D·G,)
+        self.register_buffer("_taps", taps, persistent=False)
+        self.register_buffer("_rows", rows, persistent=False)
+        self.register_buffer("_patch", taps.argsort(1), persistent=False)
+        self.register_buffer("_places", rows.argsort(), persistent=False)
+
+    @classmethod
+    def from_spec_of(cls, group: PointGroup, spec: LayerSpec) -> "GroupConv":
+        """The convolution over a group that fits into a layer."""
+        return cls(
+            spec.in_channels,
+            spec.out_channels,
+            spec.grid,
+            spec.stride,
+            group=group,
+            in_group=spec.in_group,
+            out_group=spec.out_group,
+        )
+
+    def filters(self) -> torch.Tensor:
+        # Eq. group convolution: k[d, c, g⁻¹h, g⁻¹u] for each (d, g), (c, h) and tap u
+        moved = self.weight[0][:, self._taps].flatten(0, 1)  # (D·G, C·G·k²)
+        return moved[self._places].view(-1, self.in_channels, *self.kernel)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        padded = circular_pad(inputs, self.kernel)
+        bias = self.bias.repeat_interleave(self.group.order)[self._places]
+        return nn.functional.conv2d(padded, self.filters(), bias, self.stride)
+
+    def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:
+        patches = self.patches(inputs)[:, :, 0]  # (n, Y, C·G·k²)
+        return patches[:, :, self._patch].transpose(1, 2).flatten(1, 2)[:, :, None]
+
+    def input_gram(self, inputs: torch.Tensor, root_weight: torch.Tensor | None) -> torch.Tensor:
+        # Permuting a patch permutes its moments: no need for G times the patches.
+        patches = self.patches(inputs)
+        if root_weight is not None:
+            patches = patches * root_weight[:, None, None, None]
+        gram = outer(patches, patches)[0]
+        return torch.stack([gram[places][:, places] for places in self._patch]).sum(0, True)
+
+    def gradient_tokens(self, grads: torch.Tensor) -> torch.Tensor:
+        sorted_ = grads.flatten(2)[:, self._rows].unflatten(1, (-1, self.group.order))
+        return sorted_.permute(0, 2, 3, 1).flatten(1, 2)[:, :, None]  # (n, G·Y, 1, D)
+
+
+def _taps(group: PointGroup, axis: PointGroup, channels: int, kernel: Grid) -> torch.Tensor:
+    """Where the filter of each g finds its weight for each input channel and tap, (G, C·G·k²)."""
+    n_taps = math.prod(kernel)
+    moved = {g: group.taps(g, kernel) for g in group.matrices}
+    lifted = axis.order == 1
+    places = torch.empty(group.order, channels, n_taps, dtype=torch.int64, device="cpu")
+    if lifted:
+        for i, g in enumerate(group.matrices):
+            places[i] = torch.arange(channels, device="cpu")[:, None] * n_taps + moved[g]
+        return places.flatten(1)
+    for (j, coset), (k, h) in product(enumerate(axis.cosets(group)), enumerate(group.matrices)):
+        # Channels of this coset and orientation, and the fields that the pathway sees in them.
+        here = torch.arange(coset[k], channels, axis.order, device="cpu")
+        fields = torch.arange(len(here), device="cpu") * (axis.order // group.order) + j
+        for i, g in enumerate(group.matrices):
+            row = fields * group.order + group.translates_to(g, h)
+            places[i, here] = row[:, None] * n_taps + moved[g]
+    return places.flatten(1)
+
+
+def _orientations(group: PointGroup, axis: PointGroup, n_out: int) -> torch.Tensor:
+    """The output channel of each field and orientation of the pathway, (D·G,)."""
+    cosets = torch.tensor(axis.cosets(group), device="cpu")  # (cosets, G)
+    starts = torch.arange(n_out // len(cosets), device="cpu") * axis.order
+    return (starts[:, None, None] + cosets).flatten()

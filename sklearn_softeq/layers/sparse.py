@@ -1,0 +1,190 @@
+"""Maps given at anchors, with interpolation to the pixels or to the taps of a filter."""
+
+import math
+
+import torch
+
+from ..anchors import Interpolation
+from .contract import Grid, LayerSpec
+from .conv import Conv
+from .factored import FactoredFC, FactorU, FactorV
+
+__all__ = ["SparseConv", "SparseFC", "SparseU", "SparseV"]
+
+#: Anchors for each pixel or tap, and for each tap where a sparse convolution stands alone.
+ANCHOR_FRACTION = 0.5
+ALONE_FRACTION = 7 / 9
+
+
+class SparseU(FactorU):
+    """h[n, d, c] = Σ_m U'[d, c, m] Σ_x Ψ[m, x] x[n, c, x] + b[d]."""
+
+    interpolation: Interpolation
+
+    def __init__(self, in_channels: int, grid: Grid, out_channels: int, fraction: float):
+        interpolation = Interpolation(grid, fraction)
+        super().__init__(in_channels, interpolation.n_anchors, out_channels)
+        self.interpolation = interpolation
+
+    @torch.no_grad()
+    def draw(self, variance: float, generator: torch.Generator | None) -> None:
+        """Fit a dense draw of this variance; see :func:`_fit`."""
+        blocks, n_out, _ = self.weight.shape
+        shape = (blocks, n_out, self.interpolation.matrix.shape[1])
+        dense = self.draw_like(self.weight.new_empty(shape), variance, generator)
+        self.weight.copy_(_fit(self.interpolation, dense))
+        self.bias.zero_()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        n_anchors, n_pixels = self.interpolation.matrix.shape
+        n, n_out = len(inputs), self.weight.shape[1]
+        # Either order is Σ_m U' Ψ x: the cheaper one, for each of the C channels.
+        project = n * n_anchors * (n_pixels + n_out)
+        form = n_out * n_pixels * (n_anchors + n)
+        if project <= form:
+            pixels = inputs.flatten(2) @ self.interpolation.matrix.T  # (n, C, M)
+            weight: torch.Tensor = self.weight
+        else:
+            pixels = inputs.flatten(2)
+            weight = self.weight @ self.interpolation.matrix
+        return torch.baddbmm(self.bias, pixels.transpose(0, 1), weight.transpose(1, 2))
+
+    def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().input_tokens(inputs) @ self.interpolation.matrix.T  # (n, 1, C, M)
+
+    def input_tangent(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().input_tokens(inputs) @ self.interpolation.tangent().T
+
+
+class SparseV(FactorV):
+    """y[n, d, y] = Σ_m Ψ[m, y] Σ_c V'[m, d, c] h[n, d, c]; no bias."""
+
+    interpolation: Interpolation
+
+    def __init__(self, out_channels: int, in_channels: int, grid: Grid, fraction: float):
+        interpolation = Interpolation(grid, fraction)
+        super().__init__(out_channels, in_channels, interpolation.n_anchors, bias=False)
+        self.interpolation = interpolation
+
+    @torch.no_grad()
+    def draw(self, variance: float, generator: torch.Generator | None) -> None:
+        """Fit a dense draw of this variance; see :func:`_fit`."""
+        blocks, _, n_in = self.weight.shape
+        shape = (blocks, n_in, self.interpolation.matrix.shape[1])
+        dense = self.draw_like(self.weight.new_empty(shape), variance, generator)
+        self.weight.copy_(_fit(self.interpolation, dense).transpose(1, 2))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        n_anchors, n_pixels = self.interpolation.matrix.shape
+        n_in, n, _ = hidden.shape
+        channels = hidden.permute(2, 1, 0)  # (D, n, C)
+        if n * n_anchors * (n_in + n_pixels) <= n_in * n_pixels * (n_anchors + n):
+            return torch.bmm(channels, self.weight.transpose(1, 2)) @ self.interpolation.matrix
+        return torch.bmm(channels, self.weight.transpose(1, 2) @ self.interpolation.matrix)
+
+    def gradient_tokens(self, grads: torch.Tensor) -> torch.Tensor:
+        return super().gradient_tokens(grads) @ self.interpolation.matrix.T  # (n, 1, D, M')
+
+    def gradient_tangent(self, grads: torch.Tensor) -> torch.Tensor:
+        return super().gradient_tokens(grads) @ self.interpolation.tangent().T
+
+
+class SparseFC(FactoredFC):
+    """A factored map whose U and V are interpolated from anchors; D biases, of U.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        C, D.
+    grid, stride : pair of int
+        Of the input; of the output's subsampling.
+    anchor_fraction : float, default=0.5
+        Anchors for each pixel of either grid, at least 1 in all.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        grid: Grid,
+        stride: Grid = (1, 1),
+        anchor_fraction: float = ANCHOR_FRACTION,
+    ):
+        self.anchor_fraction = anchor_fraction
+        super().__init__(in_channels, out_channels, grid, stride)
+
+    @classmethod
+    def from_spec(cls, spec: LayerSpec) -> "SparseFC":
+        fraction = spec.anchor_fraction or ANCHOR_FRACTION
+        return cls(spec.in_channels, spec.out_channels, spec.grid, spec.stride, fraction)
+
+    def _factor_u(self, in_channels: int, grid: Grid, out_channels: int) -> SparseU:
+        return SparseU(in_channels, grid, out_channels, self.anchor_fraction)
+
+    def _factor_v(self, out_channels: int, in_channels: int, grid: Grid) -> SparseV:
+        return SparseV(out_channels, in_channels, grid, self.anchor_fraction)
+
+
+class SparseConv(Conv):
+    """A convolution whose 3×3 filters are interpolated from anchors.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        C, D.
+    grid, stride : pair of int
+        Of the input; of the subsampling.
+    anchor_fraction : float, default=0.5
+        Anchors for each tap, at least 1 in all: 4 of 9.
+    """
+
+    interpolation: Interpolation
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        grid: Grid,
+        stride: Grid = (1, 1),
+        anchor_fraction: float = ANCHOR_FRACTION,
+    ):
+        interpolation = Interpolation(self.kernel_for(grid), anchor_fraction)
+        super().__init__(in_channels, out_channels, grid, stride, interpolation.n_anchors)
+        self.interpolation = interpolation
+
+    @classmethod
+    def from_spec(cls, spec: LayerSpec) -> "SparseConv":
+        fraction = spec.anchor_fraction or (ALONE_FRACTION if spec.alone else ANCHOR_FRACTION)
+        return cls(spec.in_channels, spec.out_channels, spec.grid, spec.stride, fraction)
+
+    @torch.no_grad()
+    def draw(self, variance: float, generator: torch.Generator | None) -> None:
+        """Fit a dense draw of this variance; see :func:`_fit`."""
+        shape = (self.weight.shape[1], self.in_channels, math.prod(self.kernel))
+        dense = self.draw_like(self.weight.new_empty(shape), variance, generator)
+        self.weight.copy_(_fit(self.interpolation, dense).flatten(1)[None])
+        self.bias.zero_()
+
+    def filters(self) -> torch.Tensor:
+        anchors = self.weight.unflatten(2, (self.in_channels, -1))[0]  # (D, C, M)
+        return (anchors @ self.interpolation.matrix).unflatten(2, self.kernel)
+
+    def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self._projected(inputs, self.interpolation.matrix)  # (n, Y, 1, C·M)
+
+    def input_tangent(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self._projected(inputs, self.interpolation.tangent())
+
+    def _projected(self, inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        patches = self.patches(inputs).unflatten(3, (self.in_channels, -1))
+        return (patches @ matrix.T).flatten(3)
+
+
+def _fit(interpolation: Interpolation, dense: torch.Tensor) -> torch.Tensor:
+    """Least-squares fit of white noise (..., X) at anchors (..., M), as large as the noise.
+
+    M of the X directions of the noise can be interpolated, so that the fit alone would lose
+    all but M/X of its mean square, and a layer of two factors all but the square of that.
+    """
+    n_anchors, n_pixels = interpolation.matrix.shape
+    return interpolation.fit(dense) * math.sqrt(n_pixels / n_anchors)
