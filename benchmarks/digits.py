@@ -9,25 +9,18 @@ those that are present.
 """
 
 import argparse
-import json
-import os
-import platform
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
-import sklearn
-import torch
+from harness import Results, print_table
 from sklearn.datasets import load_digits
 from sklearn.ensemble import RandomForestClassifier
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
 
-import sklearn_softeq
 from sklearn_softeq import SoftEquivariantClassifier
 from sklearn_softeq.datasets import load_digit_tasks
 from sklearn_softeq.layers import PATHWAYS
@@ -36,38 +29,6 @@ OUTPUT = Path(__file__).with_suffix(".json")
 N_FOLDS = 5
 N_TRAIN = 1200
 MODELS = (("conv",), ("factored_fc",), ("conv", "factored_fc"))
-
-
-class Results:
-    """Results by key in a JSON file, with the versions and the cores that they were made with."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self.by_key = json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def get(self, key, compute):
-        """The result of this key, computed only if it is not there."""
-        if key not in self.by_key:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # recorded as epochs
-                self.by_key[key] = {**compute(), "environment": environment()}
-            self.path.write_text(json.dumps(self.by_key, indent=1) + "\n")
-        return self.by_key[key]
-
-
-def environment():
-    """What a time and, to the last digit, a score depend on."""
-    return {
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "scikit-learn": sklearn.__version__,
-        "torch": torch.__version__,
-        "sklearn_softeq": sklearn_softeq.__version__,
-    }
 
 
 def ours(max_epochs, **parameters):
@@ -147,7 +108,7 @@ def part_b(results, max_epochs):
 def task_result(clf, data):
     """Scores and learned symmetry of one fit."""
     seconds = timed_fit(clf, data.X_train, data.y_train)
-    free = [j for j, name in enumerate(clf.pathway_names_) if not PATHWAYS[name].equivariant]
+    free = [j for j, name in enumerate(clf.pathway_names_) if PATHWAYS[name].group is None]
     probabilities = clf.predict_proba(data.X_test)
     return {
         "accuracy": clf.score(data.X_test, data.y_test),
@@ -171,17 +132,6 @@ def result_key(part, *names):
 
 def _cap(max_epochs):
     return "" if max_epochs is None else f"max_epochs={max_epochs}"
-
-
-def print_table(head, rows):
-    """A table in Markdown."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(cells):
-        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        return f"| {' | '.join(padded)} |"
-
-    print("\n" + "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)]) + "\n")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def conclusion(fitted, errors):
     """What the fitted arrays say: a sentence for each task, and one that compares them."""
     sentences = []
     for task, clf in fitted.items():
-        free = [j for j, name in enumerate(clf.pathway_names_) if not PATHWAYS[name].equivariant]
+        free = [j for j, name in enumerate(clf.pathway_names_) if PATHWAYS[name].group is None]
         gamma = clf.effective_dimensions_
         share = gamma[:, free].sum() / gamma.sum()
         removed = int(np.isinf(clf.prior_precision_[:, free]).all(axis=1).sum())

@@ -70,14 +70,22 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     Parameters
     ----------
     pathways : tuple of str, default=("conv", "factored_fc")
-        Pathways of each layer, out of "conv" (equivariant to shifts), "fc" and "factored_fc"
-        (free). One pathway alone is a network with that symmetry built in.
-    architecture : {"auto", "paper"}, default="auto"
+        Pathways of each layer. Equivariant to shifts: "conv" and "sparse_conv", whose filters are
+        interpolated from anchors; to shifts and quarter turns "p4_conv", with reflections
+        "p4m_conv", to shifts and the reflection left ↔ right "pm_conv". Free: "fc",
+        "factored_fc", of rank one over space, and "sparse_fc", the same interpolated from
+        anchors. One pathway alone is a network with that symmetry built in.
+    architecture : {"auto", "paper", "resnet"}, default="auto"
         "paper": the stack of the paper, for images of up to 32×32 pixels. "auto": the same
-        pattern from any image down to 1×1; sides are padded to powers of two.
+        pattern from any image down to 1×1; sides are padded to powers of two. "resnet": a
+        residual block of two layers in place of each of its layers, without batch normalisation.
     width : int, default=8
         Channels of the first of L layers; the last has 2^⌊L/2⌋ times as many (2^⌊L/4⌋ for images
-        of a single row). The paper has 10.
+        of a single row). The paper has 10. With the convolution of a group of G elements each
+        channel has G orientations, which makes "conv" G² times as large: take less.
+    anchor_fraction : float or "auto", default="auto"
+        Anchors of the sparse pathways for each pixel, or tap of a filter, in (0, 1]. "auto": 0.5,
+        and 7/9 for "sparse_conv" alone, as in the paper.
     image_shape : tuple, default=None
         (channels, height, width) or (height, width) of one image when X has rows of features.
         None: images tell themselves; s² features are taken as (1, s, s), 3 s² as (3, s, s), any
@@ -88,12 +96,14 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     learn_prior : bool, default=True
         False trains to the mode at the fixed precision ``prior_precision``; the evidence is
         evaluated once, at the end.
+    learn_lengthscale : bool, default=False
+        Also learn, by the evidence, the lengthscales of the interpolations of sparse pathways,
+        one of each map. False leaves them at one pixel.
     start : {"symmetric", "joint"}, default="symmetric"
-        "symmetric": the equivariant pathways alone until ``burn_in``, then all, the free ones
-        from zero and with their log determinants counted twice in the hyper steps; one that the
-        evidence switches off is removed. "joint": all pathways at once
-        from random weights, their sum divided by the root of their number (the paper, which
-        takes the mean).
+        "symmetric": the most symmetric pathways of each layer alone until ``burn_in``, then all,
+        the others from zero and with their log determinants counted twice in the hyper steps;
+        one that the evidence switches off is removed. "joint": all pathways at once from random
+        weights, their sum divided by the root of their number (the paper, which takes the mean).
     prior_precision : float, default=1.0
         Start of every precision, in units of 1 / weight².
     burn_in : int, default=20
@@ -188,14 +198,18 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         held-out score is the safer judge.
     prior_precisions_by_name_ : dict of str to float
         Precision of each weight tensor, biases included; inf where a pathway was removed.
+    lengthscales_by_name_ : dict of str to float
+        1/ω, in pixels of the layer's grid, of each map of a sparse pathway that is on.
     layer_names_ : list of str
-        The L layers, without the head.
+        The L layers that are sums of pathways. In a network with orientations the last one is the
+        readout, "head.hidden", unless all pathways have the same group.
     pathway_names_ : list of str
-        The P pathways.
+        The P pathways; with such a readout its own, "pooled" and "free", come last. In the tables
+        below an entry is 0 (a precision NaN) where a layer does not have the pathway.
     prior_precision_ : ndarray of shape (L, P)
         Precision of each pathway's weights; of a product of factors √(δ_U δ_V), which does not
         depend on how the scale is shared between them; inf where a pathway was removed, NaN where
-        it was still held back (training ended before ``burn_in``).
+        it was still held back (training ended before ``burn_in``) or the layer has none.
     effective_dimensions_ : ndarray of shape (L, P)
         γ: how many directions of each pathway's weights the data determine.
     n_weights_ : ndarray of shape (L, P)

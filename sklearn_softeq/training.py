@@ -509,12 +509,14 @@ class Course(Callback):
                 self.rate.rewarm(epoch)
                 net.update_decay()
                 return
-        elif self.evidence.steps:
-            self.start.prune(net.module_, net.effective_dimensions_)
         figure = self._figure(net)
         if self.keep_best and not self.endless and (self.best is None or figure > self.best[0]):
             self.best = (figure, _state(net))
         self.converged = self.plateau.reached(figure) or self.converged
+        if self.evidence.steps and not self.rate.cooling:
+            # Only now: the figure is that of the network as it was. And not while the rate falls,
+            # when the others could no longer take over what a pathway still did.
+            self.start.prune(net.module_, net.effective_dimensions_)
 
     def _figure(self, net: SoftEquivariantNet) -> float:
         last = net.history[-1]
