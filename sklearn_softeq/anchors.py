@@ -22,9 +22,9 @@ LOG_OMEGA_BOUNDS = (math.log(0.2), math.log(3.0))
 def place_anchors(grid: tuple[int, int], n_anchors: int) -> torch.Tensor:
     """Points spread evenly over a grid, the same at each call, shape (M, 2), float64.
 
-    They stand in about √(M H/W) rows of equal height, as many in each as makes M, at equal
-    distances: as many as there are pixels lie on the pixels, 7 on 3×3 make a hexagon and its
-    centre.
+    They stand in rows of equal height, as many in each as makes M, at equal distances; the number
+    of rows is about that of a hexagonal lattice. As many as there are pixels lie on the pixels, 7
+    on 3×3 make a hexagon and its centre, and 2 on 2×2 a diagonal.
 
     Parameters
     ----------
@@ -34,13 +34,16 @@ def place_anchors(grid: tuple[int, int], n_anchors: int) -> torch.Tensor:
         M, from 1 to H·W.
     """
     height, width = grid
-    n_rows = min(max(round(math.sqrt(n_anchors * height / width)), 1), height, n_anchors)
+    hexagonal = round(math.sqrt(2 / math.sqrt(3) * n_anchors * height / width))
+    n_rows = min(max(hexagonal, math.ceil(n_anchors / width)), height, n_anchors)
     ends = [round(i * n_anchors / n_rows) for i in range(n_rows + 1)]
     points = []
-    for i in range(n_rows):
-        row = _spread(n_rows, height)[i]
+    for i, row in enumerate(_spread(n_rows, height)):
         count = ends[i + 1] - ends[i]
-        points += [(row, column) for column in _spread(count, width)]
+        # Anchors that all stand one below the other would not see the columns.
+        in_line = n_anchors == n_rows and min(n_rows, width) > 1
+        shift = (-1) ** (i + 1) * width / 4 if in_line else 0.0
+        points += [(row, column + shift) for column in _spread(count, width)]
     return torch.tensor(points, dtype=torch.float64)
 
 
@@ -82,11 +85,13 @@ class Interpolation(nn.Module):
             self.set_log_omega(0.0)
 
     def _apply(self, fn, recurse=True):
-        # A change of dtype solves anew: Ψ in float64 is more than the digits of Ψ in float32.
-        before = self.matrix.dtype
+        # A change of dtype solves anew: Ψ in float64 is more than the digits of Ψ in float32, and
+        # log ω keeps all of its own.
+        before, log_omega = self.matrix.dtype, self.log_omega
         super()._apply(fn, recurse)
         self._tangent = None
         if self.matrix.dtype != before and not self.matrix.is_meta:
+            self.log_omega = log_omega.to(self.log_omega.device)
             self.set_log_omega(self.log_omega.item())
         return self
 
@@ -108,8 +113,7 @@ class Interpolation(nn.Module):
     def _solve_tangent(self) -> torch.Tensor:
         anchors, anchors_to_pixels, squares = self._kernels()
         omega_square = (2 * self.log_omega.double().cpu()).exp()
-        noise = NOISE**2 * torch.eye(self.n_anchors, dtype=torch.float64)
-        d_anchors = -omega_square * squares[0] * (anchors - noise)
+        d_anchors = -omega_square * squares[0] * anchors  # σ² stands where the distance is 0
         d_pixels = -omega_square * squares[1] * anchors_to_pixels
         solved = torch.linalg.solve(anchors, anchors_to_pixels)
         return torch.linalg.solve(anchors, d_pixels - d_anchors @ solved)

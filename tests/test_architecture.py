@@ -1,23 +1,36 @@
 """The order of the modules and the sizes of their parts, held against the code."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+
+from sklearn_softeq.layers import PATHWAYS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "sklearn_softeq"
 
 # A module imports only from modules before it. A name may be listed before its module exists.
+# A folder is one module to all outside it, who import from its __init__; inside, its files see
+# what stands before the folder, and the files before them.
 ORDER = (
     "_version",
     # ground
     "groups",
+    "anchors",
     "kronecker",
     "likelihoods",
     "validation",
     "datasets",
     # model
+    "layers.contract",
+    "layers.fc",
+    "layers.factored",
+    "layers.conv",
+    "layers.sparse",
+    "layers.group",
+    "layers.pathways",
     "layers",
     "networks",
     # inference
@@ -42,16 +55,29 @@ HOMES = {
 }
 
 # Test modules that follow a question and not a module.
-TESTS_OF_THEIR_OWN = {"common", "architecture", "examples", "docs"}
+TESTS_OF_THEIR_OWN = {"common", "architecture", "examples", "docs", "lengthscales"}
+
+# They know a tensor's name and the contract of its map, and nothing of the layer that has it.
+BLIND = {"hyperparameters", "curvature", "marginal_likelihood", "predictive", "symmetry"}
 
 MAX_BODY = 40
 MAX_FILE = 450
 
-MODULES = sorted(p for p in (ROOT / PACKAGE).glob("*.py") if p.stem != "__init__")
-SOURCES = sorted([*(ROOT / PACKAGE).glob("**/*.py"), *(ROOT / "tests").glob("*.py")])
 
-each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def name_of(path):
+    """The dotted name of a module in the package; a folder's __init__ has that of the folder."""
+    parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = sorted(p for p in (ROOT / PACKAGE).glob("**/*.py") if name_of(p))
+NAMES = {name_of(path) for path in MODULES}
+SOURCES = sorted([ROOT / PACKAGE / "__init__.py", *MODULES, *(ROOT / "tests").glob("*.py")])
+
+each_module = pytest.mark.parametrize("path", MODULES, ids=name_of)
+each_source = pytest.mark.parametrize(
+    "path", SOURCES, ids=lambda path: f"{path.parent.name}.{path.stem}"
+)
 
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
 
@@ -60,24 +86,36 @@ def parse(path):
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def imported_names(tree):
-    """Absolute dotted names that a module imports, relative ones resolved to the flat package."""
+def imported_names(tree, package):
+    """Absolute dotted names that a module of a package imports, relative ones resolved."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parts = [PACKAGE] * bool(node.level) + [node.module] * bool(node.module)
-            yield ".".join(parts)
+            home = package.split(".")[: len(package.split(".")) + 1 - node.level]
+            yield ".".join(home * bool(node.level) + [node.module] * bool(node.module))
 
 
-def own_imports(path):
+def own_imports(path, folder=None):
     """Modules of the package that a module imports; "" stands for the package root."""
-    split = (name.partition(".") for name in imported_names(parse(path)))
-    return {rest.partition(".")[0] for root, _, rest in split if root == PACKAGE}
+    package = ".".join([PACKAGE] + [folder] * bool(folder))
+    split = (name.partition(".") for name in imported_names(parse(path), package))
+    return {rest for root, _, rest in split if root == PACKAGE}
 
 
 def libraries(nodes):
-    return {name.partition(".")[0] for node in nodes for name in imported_names(node)}
+    return {name.partition(".")[0] for node in nodes for name in imported_names(node, PACKAGE)}
+
+
+def folder_of(path):
+    """The folder of the package that a module lies in, if any."""
+    return ".".join(path.relative_to(ROOT / PACKAGE).parts[:-1])
+
+
+def may_import(name, folder):
+    """What stands before a module in ORDER, and of other folders only the folder itself."""
+    above = ORDER[: ORDER.index(name)]
+    return {module for module in above if module.rpartition(".")[0] in ("", folder)}
 
 
 def without_docstring(scope):
@@ -114,21 +152,31 @@ def outside_functions(tree):
 
 
 def test_every_module_has_a_place():
-    unknown = {path.stem for path in MODULES} - set(ORDER)
+    unknown = NAMES - set(ORDER)
     assert not unknown, f"add to ORDER, where they are read: {sorted(unknown)}"
     assert len(set(ORDER)) == len(ORDER)
 
 
 @each_module
 def test_imports_only_from_above(path):
-    above = set(ORDER[: ORDER.index(path.stem)]) if path.stem in ORDER else set()
-    assert own_imports(path) <= above, f"{path.stem} may import from {sorted(above)} only"
+    name, folder = name_of(path), folder_of(path)
+    above = may_import(name, folder) if name in ORDER else set()
+    assert own_imports(path, folder) <= above, f"{name} may import from {sorted(above)} only"
+
+
+def test_a_folder_is_one_module_to_the_others():
+    assert may_import("networks", "") >= {"layers", "groups"}
+    assert not any(name.startswith("layers.") for name in may_import("networks", ""))
+    inside = may_import("layers.fc", "layers")
+    assert inside >= {"groups", "anchors", "layers.contract"}
+    assert not inside & {"layers", "layers.conv", "networks"}
+    assert may_import("layers", "layers") > inside | {"layers.pathways"}
 
 
 @each_module
 @pytest.mark.parametrize("library", HOMES)
 def test_libraries_stay_at_home(path, library):
-    if path.stem not in HOMES[library]:
+    if name_of(path) not in HOMES[library]:
         assert library not in libraries([parse(path)])
 
 
@@ -153,14 +201,50 @@ def test_bodies_fit_on_a_screen(path):
     assert not long, f"split the functions of more than {MAX_BODY} lines"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@each_module
 def test_files_stay_small(path):
     assert code_lines(path) <= MAX_FILE
 
 
+def words(tree):
+    """Every name that a module uses, and every word of its strings but for the docstrings."""
+    documented = {
+        id(scope.body[0].value)
+        for scope in ast.walk(tree)
+        if isinstance(scope, SCOPES) and ast.get_docstring(scope, clean=False) is not None
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.alias):
+            yield node.name
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in documented:
+                yield from re.findall(r"\w+", node.value)
+
+
+def layer_classes():
+    """The classes that the files of layers/ define, but for the contract and the table."""
+    found = set()
+    for path in MODULES:
+        if folder_of(path) == "layers" and path.stem not in ("contract", "pathways", "__init__"):
+            found |= {n.name for n in ast.walk(parse(path)) if isinstance(n, ast.ClassDef)}
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(BLIND))
+def test_inference_knows_no_layer(name):
+    classes = layer_classes()
+    assert {"FC", "PooledFC", "FactorU", "Conv", "SparseFC", "SparseV", "GroupConv"} <= classes
+    named = set(words(parse(ROOT / PACKAGE / f"{name}.py"))) & (classes | set(PATHWAYS))
+    assert not named, f"{name} is for every layer; it names {sorted(named)}"
+
+
 def test_every_test_module_names_a_module():
     tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    unknown = tested - {path.stem for path in MODULES} - TESTS_OF_THEIR_OWN
+    unknown = tested - {name.replace(".", "_") for name in NAMES} - TESTS_OF_THEIR_OWN
     assert not unknown, f"name after the module that they test: {sorted(unknown)}"
 
 
@@ -181,7 +265,8 @@ class TestTheChecksThemselves:
         [
             ("from .layers import Conv", {"layers"}),
             ("from sklearn_softeq.layers import Conv", {"layers"}),
-            ("import sklearn_softeq.layers.conv", {"layers"}),
+            ("import sklearn_softeq.layers.conv", {"layers.conv"}),
+            ("from .layers.conv import Conv", {"layers.conv"}),
             ("from . import layers", {""}),
             ("from sklearn_softeq import Conv", {""}),
             ("import sklearn_softeq", {""}),
@@ -191,6 +276,35 @@ class TestTheChecksThemselves:
     )
     def test_own_imports(self, module, line, found):
         assert own_imports(module(line)) == found
+
+    @pytest.mark.parametrize(
+        ("line", "found"),
+        [
+            ("from .conv import Conv", {"layers.conv"}),
+            ("from . import Conv", {"layers"}),
+            ("from ..groups import P1", {"groups"}),
+            ("from ..layers import Conv", {"layers"}),
+            ("from .. import Conv", {""}),
+            ("from sklearn_softeq.layers.conv import Conv", {"layers.conv"}),
+        ],
+    )
+    def test_own_imports_inside_a_folder(self, module, line, found):
+        assert own_imports(module(line), "layers") == found
+
+    @pytest.mark.parametrize(
+        ("line", "found"),
+        [
+            ("isinstance(layer, Conv)", {"isinstance", "layer", "Conv"}),
+            ("layers.Conv", {"layers", "Conv"}),
+            ("from .layers import Conv as C", {"Conv"}),
+            ("a = 'blocks.conv'", {"a", "blocks", "conv"}),
+            ('"""A Conv."""', set()),
+            ('def f():\n    """A Conv."""\n    return "fc"', {"fc"}),
+            ("# Conv", set()),
+        ],
+    )
+    def test_words(self, module, line, found):
+        assert set(words(parse(module(line)))) == found
 
     def test_lengths(self, module):
         path = module(

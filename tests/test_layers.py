@@ -1,37 +1,62 @@
-"""Layers against slow loops; the contract of tokens; equivariance of one layer and of sums."""
+"""Layers against slow loops; the contract of tokens; the start; anchors; readouts."""
 
 import copy
+import math
 from itertools import product
 
 import pytest
 import torch
-from cases import LAYERS, LayerCase, randomise
-from references import roll_to_largest_grid, slow_pathway
+from cases import KINDS, LAYERS, P2, LayerCase, randomise
+from references import interpolation_of, slow_pathway
+from torch.utils.flop_counter import FlopCounterMode
 
-from sklearn_softeq.groups import Translation
-from sklearn_softeq.layers import FC, Conv, FactoredFC, PathwaySum, SharedLinear, keep_largest_grid
+from sklearn_softeq import anchors
+from sklearn_softeq.anchors import Interpolation
+from sklearn_softeq.groups import P1, P4, P4M, PM
+from sklearn_softeq.layers import (
+    FC,
+    Conv,
+    FactoredFC,
+    FactorU,
+    FactorV,
+    GroupConv,
+    LayerSpec,
+    PooledFC,
+    SharedLinear,
+    SparseConv,
+    SparseFC,
+    SparseU,
+    SparseV,
+    outer,
+    strided,
+)
 
-TRANSLATION = Translation()
 each_layer = pytest.mark.parametrize("case", LAYERS, ids=str)
 
-CONVS = [case for case in LAYERS if case.kind == "conv"]
-SYMMETRIC = [case for case in CONVS if case.stride == (1, 1) and case.grid != (1, 1)]
-STRIDED = [
-    ((4, 6), (2, 2)),
-    ((4, 4), (1, 2)),
-    ((6, 4), (2, 1)),
-    ((1, 8), (1, 2)),
-    ((2, 2), (2, 2)),
-]
-each_strided = pytest.mark.parametrize(("grid", "stride"), STRIDED, ids=str)
-
-
-def shifts(grid):
-    return [g for g in product(range(grid[0]), range(grid[1])) if g != (0, 0)]
+SPARSE = [case for case in LAYERS if case.kind.startswith("sparse")]
+each_sparse_layer = pytest.mark.parametrize("case", SPARSE, ids=str)
 
 
 def error(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
+
+
+def maps(pathway, inputs):
+    """The maps of a pathway by name, with what they see and what they say."""
+    seen = {}
+    for name, module in pathway.named_modules():
+        if isinstance(module, SharedLinear):
+            module.register_forward_hook(
+                lambda m, i, o, name=name: seen.update({name: (m, i[0].detach(), o.detach())})
+            )
+    pathway(inputs)
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pathway_has_the_group_of_its_kind(kind):
+    group = KINDS[kind].group
+    assert LayerCase(kind, (1, 1), (2, 2), (1, 1), P1, group or P1).pathway().group == group
 
 
 # ── the map
@@ -42,7 +67,8 @@ def test_against_the_slow_loop(case):
     pathway, inputs = case.pathway(), case.inputs()
     expected = slow_pathway(pathway, case, inputs)
     torch.testing.assert_close(pathway(inputs), expected, atol=1e-10, rtol=1e-10)
-    assert pathway(inputs).shape == (3, case.channels[1], *case.output_grid)
+    assert pathway(inputs).shape == (3, case.n_channels[1], *case.output_grid)
+    assert strided(case.grid, case.stride) == case.output_grid
 
 
 @each_layer
@@ -53,17 +79,56 @@ def test_float32(case):
     torch.testing.assert_close(pathway(inputs), expected.float(), atol=1e-5, rtol=1e-4)
 
 
+def taps(grid):
+    return math.prod(1 if side == 1 else 3 for side in grid)
+
+
+def anchors_of(n_pixels, fraction=0.5):
+    """Half of the pixels or taps, rounded, and at least one."""
+    return max(1, round(fraction * n_pixels))
+
+
+def n_weights(case):
+    """Weights and biases by the table of the method; an image has one orientation."""
+    (c, d), x, y = case.n_channels, math.prod(case.grid), math.prod(case.output_grid)
+    k, group = taps(case.grid), KINDS[case.kind].group or P1
+    of_pixels, of_taps = (0.5, 7 / 9 if case.alone else 0.5)
+    if case.anchor_fraction is not None:
+        of_pixels = of_taps = case.anchor_fraction
+    found = {
+        "fc": (c * d * x * y, d * y),
+        "factored_fc": (c * d * (x + y), d + y),
+        "sparse_fc": (c * d * (anchors_of(x, of_pixels) + anchors_of(y, of_pixels)), d),
+        "conv": (c * d * k, d),
+        "sparse_conv": (c * d * anchors_of(k, of_taps), d),
+    }
+    n_filters = d // group.order  # of a group convolution: one for all orientations
+    return found.get(case.kind, (c * n_filters * k, n_filters))
+
+
 @each_layer
 def test_number_of_weights(case):
-    (c, d), x, y = case.channels, case.grid[0] * case.grid[1], case.output_grid
-    taps = (1 if case.grid[0] == 1 else 3) * (1 if case.grid[1] == 1 else 3)
-    y = y[0] * y[1]
-    weights = {"fc": c * d * x * y, "factored_fc": c * d * (x + y), "conv": c * d * taps}
-    biases = {"fc": d * y, "factored_fc": d + y, "conv": d}
-    found = dict(case.pathway().named_parameters())
-    n_biases = sum(p.numel() for name, p in found.items() if name.endswith("bias"))
-    assert n_biases == biases[case.kind]
-    assert sum(p.numel() for p in found.values()) == weights[case.kind] + n_biases
+    found = {name: p.numel() for name, p in case.pathway().named_parameters()}
+    n_biases = sum(n for name, n in found.items() if name.endswith("bias"))
+    assert (sum(found.values()) - n_biases, n_biases) == n_weights(case)
+
+
+def test_number_of_weights_of_a_group_convolution():
+    # C·D·G·k² and D; C·D·k² where an image is lifted
+    for group in (P2, P4, P4M, PM):
+        later = LayerCase(f"{group.name}_conv", (5, 7), (4, 4), (1, 1), group, group)
+        first = LayerCase(f"{group.name}_conv", (5, 7), (4, 4), (1, 1), P1, group)
+        assert n_weights(later) == (5 * 7 * group.order * 9, 7)
+        assert n_weights(first) == (5 * 7 * 9, 7)
+
+
+@pytest.mark.parametrize("group", [P2, P4, P4M, PM], ids=lambda group: group.name)
+def test_orientations_are_those_of_the_convolution_unless_told(group):
+    case = LayerCase(f"{group.name}_conv", (2, 1), (4, 4), (1, 1), group, group)
+    layer = randomise(GroupConv(*case.n_channels, (4, 4), group=group)).double()
+    inputs = case.inputs()
+    expected = slow_pathway(layer, case, inputs)
+    torch.testing.assert_close(layer(inputs), expected, atol=1e-10, rtol=1e-10)
 
 
 @each_layer
@@ -77,40 +142,97 @@ def test_gradients(case):
     assert torch.autograd.gradcheck(f, (inputs, *values.values()), fast_mode=True)
 
 
+# ── the contract of tokens
+
+
+def pre_activations(layer, inputs):
+    """W[b] inp[n, s, b] + bias, spelled out."""
+    tokens = layer.input_tokens(inputs)
+    out = tokens.new_empty(*tokens.shape[:3], layer.weight.shape[1])
+    for n, s, b in product(*map(range, tokens.shape[:3])):
+        out[n, s, b] = layer.weight.detach()[b] @ tokens[n, s, b]
+    return out if layer.bias is None else out + layer.bias.detach()
+
+
 @each_layer
 def test_tokens_are_the_contract(case):
-    """out[n, s, b] = W[b] @ inp[n, s, b] + bias for every map that the pathway holds."""
-    pathway, seen = case.pathway(), {}
-    for name, module in pathway.named_modules():
-        if isinstance(module, SharedLinear):
-            module.register_forward_hook(lambda m, i, o, name=name: seen.update({name: (i[0], o)}))
-    pathway(case.inputs())
-    factors = {name: pathway.get_submodule(name) for name in seen}
+    """Σ grads · forward(x) = Σ gradient_tokens(grads) · (W input_tokens(x) + bias)."""
+    pathway = case.pathway()
+    seen = maps(pathway, case.inputs())
     assert {f"{name}.weight".lstrip(".") for name in seen} == set(pathway.factor_names)
-    for name, layer in factors.items():
-        inp, out = seen[name]
-        tokens, result = layer.input_tokens(inp), layer.output_tokens(out)
+    for layer, inp, out in seen.values():
         blocks, d_out, d_in = layer.weight.shape
-        assert tokens.shape[0] == result.shape[0] == 3
-        assert tokens.shape[1] == result.shape[1]
-        assert tokens.shape[2:] == (blocks, d_in)
-        assert result.shape[2:] == (blocks, d_out)
-        for n, s, b in product(range(3), range(tokens.shape[1]), range(blocks)):
-            expected = layer.weight[b] @ tokens[n, s, b] + layer.bias
-            torch.testing.assert_close(result[n, s, b], expected, atol=1e-12, rtol=1e-10)
+        expected = pre_activations(layer, inp)
+        assert layer.input_tokens(inp).shape[2:] == (blocks, d_in)
+        assert expected.shape[2:] == (blocks, d_out)
+        for _ in range(3):
+            grads = torch.randn_like(out)
+            gathered = layer.gradient_tokens(grads)
+            assert gathered.shape == expected.shape
+            found = (gathered * expected).sum()
+            torch.testing.assert_close(found, (grads * out).sum(), atol=1e-10, rtol=1e-10)
+
+
+@each_layer
+def test_outputs_are_those_of_the_maps_in_another_order(case):
+    # Where the adjoint of forward's last step is its inverse: nothing is interpolated after W.
+    for layer, inp, out in maps(case.pathway(), case.inputs()).values():
+        if not isinstance(layer, SparseV):
+            result = layer.gradient_tokens(out)
+            assert result.numel() == out.numel()
+            torch.testing.assert_close(result, pre_activations(layer, inp), atol=1e-12, rtol=1e-10)
+
+
+@each_layer
+def test_gram_is_that_of_the_tokens(case):
+    for layer, inp, _ in maps(case.pathway(), case.inputs()).values():
+        tokens = layer.input_tokens(inp)
+        for root in (None, torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64)):
+            weights = torch.ones(3).double() if root is None else root.square()
+            expected = torch.einsum("n,nsbi,nsbj->bij", weights, tokens, tokens)
+            found = layer.input_gram(inp, root)
+            torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_outer_is_a_sum_over_rows_and_positions():
+    left, right = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 6)
+    expected = sum(
+        left[n, s, :, :, None] * right[n, s, :, None] for n, s in product(range(2), range(3))
+    )
+    torch.testing.assert_close(outer(left, right), expected)
 
 
 @each_layer
 def test_shared_positions_are_the_kept_ones(case):
-    pathway, inputs = case.pathway(), case.inputs()
-    if case.kind == "conv":
-        n_kept = case.output_grid[0] * case.output_grid[1]
-        assert pathway.input_tokens(inputs).shape[1] == n_kept
+    pathway, n_kept = case.pathway(), math.prod(case.output_grid)
+    found = {
+        name: layer.input_tokens(inp).shape[1:3]
+        for name, (layer, inp, _) in maps(pathway, case.inputs()).items()
+    }
+    if pathway.group is not None:
+        assert found == {"": (pathway.group.order * n_kept, 1)}
     elif case.kind == "fc":
-        assert pathway.input_tokens(inputs).shape[1:3] == (1, 1)
+        assert found == {"": (1, 1)}
     else:
-        assert pathway.U.input_tokens(inputs).shape[1:3] == (1, case.channels[0])
-        assert pathway.V.input_tokens(pathway.U(inputs)).shape[1:3] == (1, case.channels[1])
+        assert found == {"U": (1, case.n_channels[0]), "V": (1, case.n_channels[1])}
+
+
+def test_a_map_without_a_bias():
+    assert SparseFC(2, 3, (2, 4)).V.bias is None
+    for layer in (SparseFC(2, 3, (2, 4)).U, FactorU(2, 8, 3), FactorV(3, 2, 8)):
+        assert layer.bias.shape == (layer.weight.shape[1],)
+
+
+@each_layer
+def test_only_maps_at_anchors_have_tangents(case):
+    for layer, inp, out in maps(case.pathway(), case.inputs()).values():
+        has_anchors = case.kind.startswith("sparse")
+        assert (layer.interpolation is not None) == has_anchors
+        assert (layer.input_tangent(inp) is not None) == isinstance(layer, SparseU | SparseConv)
+        assert (layer.gradient_tangent(out) is not None) == isinstance(layer, SparseV)
+
+
+# ── start
 
 
 @each_layer
@@ -127,179 +249,227 @@ def test_silence_is_exactly_zero_and_can_wake(case):
         assert pathway.get_parameter(name).abs().min() > 0
 
 
+# Kaiming's gain of 2 makes good what ReLU takes; U and V have none.
+STARTS = {
+    "conv": ({"weight": 2 / (8 * 9)}, 2.0),
+    "p2_conv": ({"weight": 2 / (8 * 9)}, 2.0),
+    "p4_conv": ({"weight": 2 / (8 * 9)}, 2.0),
+    "p4m_conv": ({"weight": 2 / (8 * 9)}, 2.0),
+    "pm_conv": ({"weight": 2 / (8 * 9)}, 2.0),
+    "fc": ({"weight": 2 / (8 * 64)}, 2.0),
+    "factored_fc": ({"U.weight": 1 / 64, "V.weight": 1 / 8}, 1.0),
+    # at the pixels or taps; a least-squares fit keeps 7 of the 9 directions of white noise
+    "sparse_conv": ({"": 7 / 9 * 2 / (8 * 9)}, 7 / 9 * 2.0),
+    "sparse_fc": ({"U": 1 / 64, "V": 1 / 8}, 1.0),
+}
+
+
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)], ids=str)
-@pytest.mark.parametrize("kind", ["conv", "fc", "factored_fc"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_reset_draws_the_stated_start(kind, stride):
-    case = LayerCase(kind, (8, 16), (8, 8), stride)
+    group = KINDS[kind].group or P1
+    channels = (8 // group.order, 32 // group.order)
+    case = LayerCase(kind, channels, (8, 8), stride, group, group)
     pathway = case.pathway()
     pathway.reset()
-    variances = {
-        "conv": {"weight": 2 / (8 * 9)},
-        "fc": {"weight": 2 / (8 * 64)},
-        "factored_fc": {"U.weight": 1 / 64, "V.weight": 1 / 8},
-    }[kind]
+    variances, gain = STARTS[kind]
     for name, variance in variances.items():
-        weights = pathway.get_parameter(name).detach()
-        assert weights.abs().max() <= (3 * variance) ** 0.5
-        assert weights.square().mean().item() == pytest.approx(variance, rel=0.1)
+        if kind.startswith("sparse"):
+            weights = at_pixels(pathway.get_submodule(name), case)
+        else:
+            weights = pathway.get_parameter(name).detach()
+            assert weights.abs().max() <= (3 * variance) ** 0.5
+        assert weights.square().mean().item() == pytest.approx(variance, rel=0.12)
+        assert weights.mean().abs() < 0.2 * variance**0.5
     assert all((p == 0).all() for name, p in pathway.named_parameters() if name.endswith("bias"))
     outputs = pathway(case.inputs(n=200))
-    # Kaiming's gain of 2 makes good what ReLU takes; U and V have none.
-    gain = 1.0 if kind == "factored_fc" else 2.0
     assert outputs.square().mean().item() == pytest.approx(gain, rel=0.25)
 
 
-# ── equivariance
+def at_pixels(layer, case):
+    """Weights at the pixels or taps that are interpolated from those at anchors."""
+    grids = {SparseU: case.grid, SparseV: case.output_grid, SparseConv: (3, 3)}
+    weights = layer.weight.detach()
+    weights = weights.transpose(1, 2) if isinstance(layer, SparseV) else weights
+    n_anchors = layer.interpolation.n_anchors
+    psi = interpolation_of(layer, grids[type(layer)], n_anchors)
+    return weights.reshape(-1, n_anchors) @ psi
 
 
-@pytest.mark.parametrize("case", SYMMETRIC, ids=str)
-def test_convolution_commutes_with_every_shift(case):
+@pytest.mark.parametrize("kind", KINDS)
+def test_reset_follows_its_generator_alone(kind):
+    pathway = LayerCase(kind, (2, 2), (4, 4), (1, 1), *[KINDS[kind].group or P1] * 2).pathway()
+    found, state = [], torch.get_rng_state()
+    for seed in (1, 1, 2):
+        pathway.reset(torch.Generator().manual_seed(seed))
+        found.append([p.detach().clone() for p in pathway.parameters()])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, found[0], found[1]))
+    assert not any(torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True) if a.any())
+
+
+# ── anchors
+
+
+@each_sparse_layer
+@pytest.mark.parametrize("log_omega", [0.0, 0.5])
+def test_tangents_against_central_differences(case, log_omega):
+    pathway, step = case.pathway(), 1e-5
+    for layer, inp, out in maps(pathway, case.inputs()).values():
+        for tokens, tangent, x in (
+            (layer.input_tokens, layer.input_tangent, inp),
+            (layer.gradient_tokens, layer.gradient_tangent, out),
+        ):
+            either = []
+            for value in (log_omega + step, log_omega - step):
+                layer.interpolation.set_log_omega(value)
+                either.append(tokens(x))
+            layer.interpolation.set_log_omega(log_omega)
+            expected = (either[0] - either[1]) / (2 * step)
+            found = tangent(x)
+            if found is None:
+                assert (expected == 0).all()
+            else:
+                torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("log_omega", [-0.5, 0.6])
+@each_sparse_layer
+def test_against_the_slow_loop_at_another_lengthscale(case, log_omega):
     pathway, inputs = case.pathway(), case.inputs()
-    for g in shifts(case.grid):
-        moved = pathway(TRANSLATION.act(inputs, g))
-        assert error(moved, TRANSLATION.act(pathway(inputs), g)) < 1e-10
+    before = pathway(inputs)
+    for interpolation in {m for m in pathway.modules() if isinstance(m, Interpolation)}:
+        interpolation.set_log_omega(log_omega)
+    expected = slow_pathway(pathway, case, inputs)
+    torch.testing.assert_close(pathway(inputs), expected, atol=1e-10, rtol=1e-10)
+    assert taps(case.grid) == 1 or error(pathway(inputs), before) > 1e-4
 
 
-def compatible_error(layer, inputs, g, stride):
-    """Error of each sample at the best of the compatible shifts of its output."""
-    moved, outputs = layer(TRANSLATION.act(inputs, g)), layer(inputs)
-    candidates = [
-        (moved - TRANSLATION.act(outputs, h)).flatten(1).norm(dim=1)
-        for h in TRANSLATION.output_elements(g, stride)
-    ]
-    return (torch.stack(candidates).amin(0) / outputs.flatten(1).norm(dim=1)).max().item()
+ROWS = (1, 2, 5, 200)
+FACTORS = [((4, 4), (1, 2)), ((4, 4), (8, 8)), ((2, 6), (5, 1)), ((3, 3), (4, 9))]
 
 
-def conv_sum(grid, stride):
-    paths = {name: Conv(2, 3, grid, stride) for name in "ab"}
-    return randomise(PathwaySum(paths, stride, 0.5)).double()
+def costs(n, grid, channels):
+    """Products of U and of V if pixels are projected, and if interpolated weights are formed."""
+    (c, d), x, m = channels, math.prod(grid), anchors_of(math.prod(grid))
+    u = n * c * m * (x + d), d * c * x * (m + n)
+    v = n * d * m * (c + x), c * d * x * (m + n)
+    return u, v
 
 
-@each_strided
-def test_sum_of_convolutions_commutes_up_to_a_compatible_shift(grid, stride):
-    layer, inputs = conv_sum(grid, stride), torch.randn(6, 2, *grid, dtype=torch.float64)
-    for g in shifts(grid):
-        assert compatible_error(layer, inputs, g, stride) < 1e-10
+@pytest.mark.parametrize("n", ROWS)
+@pytest.mark.parametrize(("grid", "channels"), FACTORS, ids=str)
+def test_both_orders_are_the_same_and_the_cheaper_one_is_taken(n, grid, channels):
+    layer = randomise(SparseFC(*channels, grid)).double()
+    inputs = torch.randn(n, channels[0], *grid, dtype=torch.float64)
+    with FlopCounterMode(display=False) as of_u:
+        hidden = layer.U(inputs)
+    with FlopCounterMode(display=False) as of_v:
+        outputs = layer.V(hidden)
+    cheaper = [2 * min(either) for either in costs(n, grid, channels)]
+    assert [of_u.get_total_flops(), of_v.get_total_flops()] == cheaper
+    # A single row may take the other order.
+    alone = torch.cat([layer.U(row[None]) for row in inputs], 1)
+    torch.testing.assert_close(hidden, alone, atol=1e-12, rtol=1e-10)
+    alone = torch.cat([layer.V(hidden[:, [i]]) for i in range(n)], 1)
+    torch.testing.assert_close(outputs, alone, atol=1e-12, rtol=1e-10)
 
 
-def test_sum_of_convolutions_commutes_at_stride_1():
-    layer, inputs = conv_sum((3, 5), (1, 1)), torch.randn(6, 2, 3, 5, dtype=torch.float64)
-    for g in shifts((3, 5)):
-        moved = layer(TRANSLATION.act(inputs, g))
-        assert error(moved, TRANSLATION.act(layer(inputs), g)) < 1e-10
+def test_both_orders_occur():
+    found = {n: [costs(n, *factor) for factor in FACTORS] for n in ROWS}
+    for factor in (0, 1):
+        taken = {pair[factor][0] < pair[factor][1] for pairs in found.values() for pair in pairs}
+        assert taken == {True, False}
 
 
-@each_strided
-@pytest.mark.parametrize("kind", [FC, FactoredFC])
-def test_free_layers_do_not_commute(kind, grid, stride):
-    layer = PathwaySum(
-        {"free": kind(2, 3, grid, stride), "conv": Conv(2, 3, grid, stride)}, stride, 1.0
-    )
-    layer = randomise(layer).double()
-    inputs = torch.randn(6, 2, *grid, dtype=torch.float64)
-    for g in shifts(grid):
-        assert compatible_error(layer, inputs, g, stride) > 0.1
-
-
-# ── the grid that is kept
-
-
-@each_strided
-def test_grid_is_chosen_for_each_sample_by_its_norm(grid, stride):
-    inputs = torch.randn(20, 2, *grid, dtype=torch.float64)
-    rolled = keep_largest_grid(inputs, stride)
-    expected = torch.stack([roll_to_largest_grid(x, stride) for x in inputs])
-    assert torch.equal(rolled, expected)
-    moved = (rolled != inputs).flatten(1).any(1)
-    assert moved.any()
-    assert not moved.all()
-
-
-def test_ties_go_to_the_first_grid():
-    constant = torch.ones(2, 3, 4, 4)
-    constant[:, :, 1::2, 1::2] *= -1
-    assert torch.equal(keep_largest_grid(constant, (2, 2)), constant)
-    constant[:, :, 0::2, 0::2] = 0
-    expected = torch.roll(constant, -1, 3)
-    assert torch.equal(keep_largest_grid(constant, (2, 2)), expected)
-
-
-def test_grid_of_a_row_does_not_depend_on_its_mates():
-    layer, rows = conv_sum((4, 4), (2, 2)), torch.randn(1, 2, 4, 4, dtype=torch.float64)
-    # A mate that is far larger, at each of the grids in turn.
-    for i, j in product((0, 1), (0, 1)):
-        mate = torch.zeros_like(rows)
-        mate[:, :, i::2, j::2] = 100.0
-        together = layer(torch.cat([mate, rows, mate]))
-        torch.testing.assert_close(together[1:2], layer(rows), atol=1e-12, rtol=1e-12)
-
-
-def test_gradient_flows_through_the_roll():
-    layer = conv_sum((4, 4), (2, 2))
-    inputs = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(layer, (inputs,))
-
-
-# ── the sum
-
-
-def three_paths(stride=(2, 2), grid=(4, 6), scale=0.3):
-    kinds = {"conv": Conv, "free": FC, "rank": FactoredFC}
-    paths = {name: kind(2, 3, grid, stride) for name, kind in kinds.items()}
-    return randomise(PathwaySum(paths, stride, scale)).double()
-
-
-@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 2)], ids=str)
-def test_sum_is_the_scaled_sum_of_its_slow_pathways(stride):
-    layer, inputs = three_paths(stride), torch.randn(5, 2, 4, 6, dtype=torch.float64)
-    rolled = torch.stack([roll_to_largest_grid(x, stride) for x in inputs])
-    seen = {"conv": ("conv", rolled), "free": ("fc", inputs), "rank": ("factored_fc", inputs)}
-    expected = {
-        name: 0.3
-        * slow_pathway(layer.get_submodule(name), LayerCase(kind, (2, 3), (4, 6), stride), x)
-        for name, (kind, x) in seen.items()
-    }
-    torch.testing.assert_close(layer(inputs), sum(expected.values()), atol=1e-10, rtol=1e-10)
-    outputs = layer.outputs(inputs)
-    assert list(outputs) == list(expected)
-    for name, output in outputs.items():
-        torch.testing.assert_close(output, expected[name], atol=1e-10, rtol=1e-10)
-
-
-def test_pathways_by_name_on_or_off():
-    layer = three_paths()
-    layer.enabled["free"] = False
-    assert layer.pathways == dict(layer.named_children())
-    assert list(layer.pathways) == ["conv", "free", "rank"]
-
-
-def test_a_pathway_that_is_off_is_not_computed():
-    layer, inputs = three_paths(), torch.randn(5, 2, 4, 6, dtype=torch.float64)
-    everything = layer.outputs(inputs)
-    layer.enabled["free"] = False
+def fully_sparse(grid):
+    """Sparse layers with an anchor on each pixel, and the dense ones that they stand for."""
+    conv, free = randomise(Conv(2, 3, grid)).double(), randomise(FactoredFC(2, 3, grid)).double()
     with torch.no_grad():
-        layer.get_submodule("free").weight.fill_(torch.nan)
-    assert set(layer.outputs(inputs)) == {"conv", "rank"}
-    torch.testing.assert_close(layer(inputs), everything["conv"] + everything["rank"])
-    layer.enabled["conv"] = False
-    torch.testing.assert_close(layer(inputs), everything["rank"])
+        free.V.bias.zero_()  # which the sparse layer lacks
+    sparse = SparseConv(2, 3, grid, anchor_fraction=1.0), SparseFC(2, 3, grid, anchor_fraction=1.0)
+    sparse = [layer.double() for layer in sparse]
+    for layer, dense in zip(sparse, (conv, free), strict=True):
+        layer.load_state_dict(dense.state_dict(), strict=False)
+    return zip(sparse, (conv, free), strict=True)
 
 
-def test_what_is_off_travels_with_the_weights(tmp_path):
-    layer, inputs = three_paths(), torch.randn(5, 2, 4, 6, dtype=torch.float64)
-    layer.enabled["rank"] = False
-    torch.save(layer.state_dict(), tmp_path / "layer.pt")
-    other = three_paths()
-    other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
-    assert other.enabled == layer.enabled
-    assert torch.equal(other(inputs), layer(inputs))
+def test_an_anchor_on_each_pixel_gives_the_dense_layer(monkeypatch):
+    inputs, errors = torch.randn(5, 2, 4, 4, dtype=torch.float64), []
+    for noise in (0.1, 0.01, 1e-4):
+        monkeypatch.setattr(anchors, "NOISE", noise)
+        errors.append(
+            [error(sparse(inputs), dense(inputs)) for sparse, dense in fully_sparse((4, 4))]
+        )
+    for coarse, usual, fine in zip(*errors, strict=True):
+        assert usual < 0.05
+        assert fine < 1e-3 * usual < 1e-4 * coarse
 
 
-def test_the_state_is_a_copy():
-    layer, others = three_paths(), [three_paths(), three_paths()]
-    state = layer.state_dict()
-    layer.enabled["rank"] = False
-    for other in others:
-        other.load_state_dict(state)
-        assert all(other.enabled.values())
-        other.enabled["conv"] = False
+def test_dense_weights_are_fitted_exactly_where_each_pixel_has_an_anchor():
+    inputs = torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    (conv, dense_conv), (free, dense_free) = fully_sparse((4, 4))
+    fits = [
+        (conv, dense_conv.weight.unflatten(2, (2, 9)).detach()),
+        (free.U, dense_free.U.weight.detach()),
+        (free.V, dense_free.V.weight.detach().transpose(1, 2)),
+    ]
+    for layer, dense in fits:
+        fitted = layer.interpolation.fit(dense)
+        fitted = fitted.transpose(1, 2) if layer is free.V else fitted
+        layer.load_state_dict({"weight": fitted.reshape(layer.weight.shape)}, strict=False)
+    assert error(conv(inputs), dense_conv(inputs)) < 1e-9
+    assert error(free(inputs), dense_free(inputs)) < 1e-9
+
+
+def test_a_convolution_has_more_anchors_where_it_is_alone():
+    spec = {"in_channels": 2, "out_channels": 3, "grid": (4, 4)}
+    for extra, expected in (
+        ({"alone": True}, 7),
+        ({"alone": False}, 4),
+        ({"alone": True, "anchor_fraction": 0.3}, 3),
+        ({"alone": False, "anchor_fraction": 1.0}, 9),
+    ):
+        layer = SparseConv.from_spec(LayerSpec(**spec, **extra))
+        assert layer.interpolation.n_anchors == expected
+        assert layer.weight.shape == (1, 3, 2 * expected)
+
+
+# ── readouts
+
+
+def test_pooled_readout_takes_the_maximum_over_orientations():
+    layer = randomise(PooledFC(12, 5, P4)).double()
+    features = torch.randn(6, 12, 1, 1, dtype=torch.float64)
+    pooled = [[max(row[4 * c : 4 * c + 4, 0, 0]) for c in range(3)] for row in features]
+    expected = torch.tensor(pooled, dtype=torch.float64) @ layer.weight[0].T + layer.bias
+    torch.testing.assert_close(layer(features).flatten(1), expected)
+    torch.testing.assert_close(
+        layer.gradient_tokens(layer(features)), pre_activations(layer, features)
+    )
+    assert layer.weight.shape == (1, 5, 3)
+    made = PooledFC.from_spec(LayerSpec(12, 5, (1, 1), in_group=P4))
+    assert made.weight.shape == layer.weight.shape
+    assert made.group == layer.group == P4
+
+
+def test_of_orientations_that_tie_but_for_rounding_the_first_is_read():
+    layer = randomise(PooledFC(8, 3, P4)).double()
+    one = 1 - 1e-15  # below the largest by a few last bits, and still one of them
+    rows = [[0.5, one, 1, 0, -2, -2, -2, -2], [1, one, 1, 1, -3, -1 - 1e-15, -1, -4]]
+    rows += [[0, 0, 0, 0, 0.2, 0.3, 0.3 - 1e-9, 0.1]]
+    features = torch.tensor(rows).double()[:, :, None, None].requires_grad_()
+    layer(features).sum().backward()
+    first = [[1, 4], [0, 5], [0, 5]]
+    assert [row.flatten().nonzero().flatten().tolist() for row in features.grad] == first
+
+
+@pytest.mark.parametrize("group", [P2, P4, P4M, PM], ids=lambda group: group.name)
+def test_pooled_readout_is_invariant(group):
+    layer = randomise(PooledFC(3 * group.order, 5, group)).double()
+    features = torch.randn(6, 3 * group.order, 1, 1, dtype=torch.float64)
+    free = randomise(FC(3 * group.order, 5, (1, 1))).double()
+    for g in group.elements((1, 1)):
+        moved = group.act(features, g, group)
+        assert torch.equal(layer(moved), layer(features))
+        assert error(free(moved), free(features)) > 0.1

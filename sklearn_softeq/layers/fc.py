@@ -65,4 +65,13 @@ class PooledFC(FC):
         return super().input_tokens(self._pool(inputs))
 
     def _pool(self, inputs: torch.Tensor) -> torch.Tensor:
-        return inputs.unflatten(1, (-1, self.order)).amax(2)  # Eq. pooling, (n, C, 1, 1)
+        orientations = inputs.unflatten(1, (-1, self.order))  # (n, C, G, 1, 1)
+        # Orientations may be equal but for rounding: those of an image with a symmetry of its own,
+        # and g and −g on a 2×2 torus. Which of them is the largest by a last bit must not decide
+        # where the gradient goes, so it goes to the first of them; the value is the maximum.
+        known = orientations.detach()
+        largest = known.amax(2, keepdim=True)
+        slack = 1e3 * torch.finfo(known.dtype).eps * largest.abs()
+        first = (known >= largest - slack).byte().argmax(2, keepdim=True)
+        chosen = orientations.gather(2, first)
+        return (chosen + (largest - chosen.detach())).squeeze(2)  # Eq. pooling, (n, C, 1, 1)

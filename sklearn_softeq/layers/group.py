@@ -59,11 +59,14 @@ class GroupConv(Conv):
         n_out = out_channels // group.order  # one filter for all orientations of an output
         super().__init__(in_channels, out_channels, grid, stride, n_filters=n_out)
         self.group = group
-        taps = _taps(group, in_group or group, in_channels, self.kernel)  # (G, C·G·k²)
+        self.in_group = in_group or group
+        self.out_group = out_group
+        taps = _taps(group, self.in_group, in_channels, self.kernel)  # (G, C·G·k²)
         rows = _orientations(group, out_group, n_out)  # (D·G,)
+        self._in_order = group == out_group  # then rows is the identity
         self.register_buffer("_taps", taps, persistent=False)
-        self.register_buffer("_rows", rows, persistent=False)
         self.register_buffer("_patch", taps.argsort(1), persistent=False)
+        self.register_buffer("_rows", rows, persistent=False)
         self.register_buffer("_places", rows.argsort(), persistent=False)
 
     @classmethod
@@ -81,12 +84,16 @@ class GroupConv(Conv):
 
     def filters(self) -> torch.Tensor:
         # Eq. group convolution: k[d, c, g⁻¹h, g⁻¹u] for each (d, g), (c, h) and tap u
-        moved = self.weight[0][:, self._taps].flatten(0, 1)  # (D·G, C·G·k²)
-        return moved[self._places].view(-1, self.in_channels, *self.kernel)
+        # index_select: the backward pass of indexing with [] is several times slower.
+        moved = self.weight[0].index_select(1, self._taps.flatten())  # (D, G·C·G·k²)
+        moved = moved.view(-1, self._taps.shape[1])  # (D·G, C·G·k²)
+        if not self._in_order:
+            moved = moved.index_select(0, self._places)
+        return moved.view(-1, self.in_channels, *self.kernel)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        padded = circular_pad(inputs, self.kernel)
-        bias = self.bias.repeat_interleave(self.group.order)[self._places]
+        padded = circular_pad(inputs, self.kernel, self.stride)
+        bias = self.bias.index_select(0, self._places // self.group.order)  # (D·G,)
         return nn.functional.conv2d(padded, self.filters(), bias, self.stride)
 
     def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:

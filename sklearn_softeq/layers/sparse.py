@@ -159,10 +159,10 @@ class SparseConv(Conv):
 
     @torch.no_grad()
     def draw(self, variance: float, generator: torch.Generator | None) -> None:
-        """Fit a dense draw of this variance; see :func:`_fit`."""
+        """Fit filters drawn with this variance; what of them is smooth is what images see."""
         shape = (self.weight.shape[1], self.in_channels, math.prod(self.kernel))
         dense = self.draw_like(self.weight.new_empty(shape), variance, generator)
-        self.weight.copy_(_fit(self.interpolation, dense).flatten(1)[None])
+        self.weight.copy_(self.interpolation.fit(dense).flatten(1)[None])
         self.bias.zero_()
 
     def filters(self) -> torch.Tensor:
@@ -183,8 +183,9 @@ class SparseConv(Conv):
 def _fit(interpolation: Interpolation, dense: torch.Tensor) -> torch.Tensor:
     """Least-squares fit of white noise (..., X) at anchors (..., M), as large as the noise.
 
-    M of the X directions of the noise can be interpolated, so that the fit alone would lose
-    all but M/X of its mean square, and a layer of two factors all but the square of that.
+    M of the X directions of the noise can be interpolated. The fit alone would lose all but M/X
+    of its mean square, a layer of two factors all but the square of that, and a stack of such
+    layers its signal.
     """
     n_anchors, n_pixels = interpolation.matrix.shape
     return interpolation.fit(dense) * math.sqrt(n_pixels / n_anchors)
