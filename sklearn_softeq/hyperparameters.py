@@ -39,8 +39,14 @@ class LayerwisePrior(nn.Module):
     def __init__(self, names: Iterable[str], precision: float = 1.0):
         super().__init__()
         self.index = {name: i for i, name in enumerate(names)}
-        start = torch.full((len(self.index),), math.log(precision), dtype=torch.float64)
-        self.register_buffer("log_precision", start.clamp(*LOG_PRECISION_BOUNDS))
+        low, high = LOG_PRECISION_BOUNDS
+        self.start = min(max(math.log(precision), low), high)
+        start = torch.full((len(self.index),), self.start, dtype=torch.float64)
+        self.register_buffer("log_precision", start)
+
+    def reset(self) -> None:
+        """Bring every δ back to its start."""
+        self.log_precision.fill_(self.start)
 
     def precisions(self) -> dict[str, float]:
         """δ of each tensor by name."""

@@ -23,6 +23,12 @@ class Categorical:
         """log p(y | f) of each row, in nats; targets are codes 0 … K−1."""
         return -torch.nn.functional.cross_entropy(outputs, targets, reduction="none")  # (n,)
 
+    def constant_log_likelihood(self, targets: torch.Tensor, weights: torch.Tensor) -> float:
+        """Σ_n w_n log p(y_n) of the best prediction that ignores the inputs, in nats."""
+        counts = torch.bincount(targets, weights.double())
+        frequencies = counts[counts > 0] / counts.sum()
+        return (counts.sum() * (frequencies * frequencies.log()).sum()).item()
+
     def link(self, outputs: torch.Tensor) -> torch.Tensor:
         """Class probabilities, shape (n, K)."""
         return outputs.softmax(dim=-1)

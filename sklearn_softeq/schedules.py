@@ -172,6 +172,8 @@ class JointStart:
         """Nothing to release."""
         return False
 
+    restart = release
+
     def charges(self, network: SoftEquivariantNetwork) -> dict[str, float]:
         """Every log determinant counts once."""
         return {}
@@ -236,6 +238,28 @@ class SymmetricStart:
             pathway.silence()
             block.enabled[name] = True
         return bool(held)
+
+    def restart(
+        self,
+        network: SoftEquivariantNetwork,
+        prior: LayerwisePrior,
+        learn: bool,
+        generator: torch.Generator | None = None,
+    ) -> bool:
+        """Begin anew with all pathways at once; whether anything was held back.
+
+        For a network whose symmetric pathways alone have learnt nothing: where the task breaks
+        the symmetry, the prior may have taken their weights to zero, and nothing grows from there.
+        """
+        if not _held_pathways(network):
+            return False
+        for layer in network.layers.values():
+            layer.enabled = dict.fromkeys(layer.enabled, True)
+        for module in network.modules():
+            if isinstance(module, Pathway):
+                module.reset(generator)
+        prior.reset()
+        return True
 
     def charges(self, network: SoftEquivariantNetwork) -> dict[str, float]:
         """The charge of each tensor of what is held back at the start."""
