@@ -15,8 +15,9 @@ __all__ = ["LOG_OMEGA_BOUNDS", "Interpolation", "place_anchors"]
 NOISE = 0.01
 
 #: Bounds of log ω, ω in 1/pixel. Below 0.2 (a lengthscale of 5 pixels) neighbouring anchors say
-#: the same and Ψ is lost to rounding; above 3 a pixel between two anchors hears neither.
-LOG_OMEGA_BOUNDS = (math.log(0.2), math.log(3.0))
+#: the same and Ψ is lost to rounding; above 2, with an anchor for every other pixel, a pixel half
+#: way between the nearest ones hears them at less than exp(−1).
+LOG_OMEGA_BOUNDS = (math.log(0.2), math.log(2.0))
 
 
 def place_anchors(grid: tuple[int, int], n_anchors: int) -> torch.Tensor:

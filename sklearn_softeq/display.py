@@ -163,20 +163,23 @@ class SymmetryDisplay:
         precision = np.asarray(self.prior_precision, dtype=float)  # (layers, pathways)
         low, high, removed = _log_range(precision)
         shown = np.where(np.isinf(precision), removed, precision)
-        rows, n_pathways = np.arange(len(shown)), shown.shape[1]
+        # A little apart, so that equal precisions do not hide each other.
+        present = ~np.isnan(shown)
+        places = (np.cumsum(present, 1) - 0.5) / np.maximum(present.sum(1, keepdims=True), 1)
+        rows = np.arange(len(shown))[:, None] + 0.6 * (places - 0.5)  # (layers, pathways)
         self.markers_ = []
-        for p in range(n_pathways):
+        for p in range(shown.shape[1]):
             colour, marker, hatch = _style(p)
-            # A little apart, so that equal precisions do not hide each other.
-            offset = 0.5 * ((p + 0.5) / n_pathways - 0.5)
             style = {"linestyle": "none", "marker": marker, "markersize": 6.5, "color": colour}
             style |= {"markerfacecolor": "white" if hatch else colour, "markeredgewidth": 1.2}
-            self.markers_ += ax.plot(shown[:, p], rows + offset, **style)
+            self.markers_ += ax.plot(shown[:, p], rows[:, p], **style)
         ax.set_xscale("log")
         ax.set(xlim=(low, high), ylim=(len(rows) - 0.5, -0.5), xlabel="prior precision δ")
-        ax.set_yticks(rows, labels=[])
+        ax.set_yticks(np.arange(len(shown)), labels=[])
         if np.isinf(precision).any():
-            ax.axvspan(removed**2 / high, high, color="0.93", zorder=0)
+            edge = removed**2 / high
+            ax.axvspan(edge, high, color="0.93", zorder=0)
+            ax.set_xticks([tick for tick in ax.get_xticks() if low <= tick < edge])
             where = {"xy": (removed, 1.0), "xycoords": ("data", "axes fraction")}
             ax.annotate("removed", **where, ha="center", va="bottom", fontsize="small")
         ax.grid(color="0.88", zorder=0)
@@ -373,7 +376,8 @@ def _two_axes(ax, n_layers, n_pathways):
     plt = _pyplot()
     if ax is None:
         # Inches: room for a bar a layer, and for a line of the legend a pathway.
-        height = 1.3 + max(0.34 * max(n_layers, 3), 0.24 * n_pathways)
+        row = max(0.34, 0.12 * n_pathways)  # for the markers of a layer, one below the other
+        height = 1.3 + max(row * max(n_layers, 3), 0.24 * n_pathways)
         return plt.subplots(1, 2, figsize=(9.0, height), layout="constrained")[1]
     if isinstance(ax, plt.Axes):
         ax.set_axis_off()

@@ -98,11 +98,12 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         evaluated once, at the end.
     learn_lengthscale : bool, default=False
         Also learn, by the evidence, the lengthscales of the interpolations of sparse pathways,
-        one of each map. False leaves them at one pixel.
+        one of each map. False, or ``learn_prior=False``, leaves them at one pixel.
     start : {"symmetric", "joint"}, default="symmetric"
         "symmetric": the most symmetric pathways of each layer alone until ``burn_in``, then all,
-        the others from zero and with their log determinants counted twice in the hyper steps;
-        one that the evidence switches off is removed. "joint": all pathways at once from random
+        the others from zero, free ones with their log determinants counted twice in the hyper
+        steps; one that the evidence switches off is removed. Where the symmetric ones have learnt
+        next to nothing by then, all begin anew as with "joint": all pathways at once from random
         weights, their sum divided by the root of their number (the paper, which takes the mean).
     prior_precision : float, default=1.0
         Start of every precision, in units of 1 / weight².
@@ -566,17 +567,18 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
     def _evidence_step(self, data: TrainingData, seed: int) -> EvidenceStep:
         solver = HYPER_SOLVERS[self.hyper_solver]
+        learn_lengthscale = self.learn_prior and self.learn_lengthscale
         return EvidenceStep(
             solver() if self.hyper_lr is None else solver(self.hyper_lr),
             steps=self.hyper_steps if self.learn_prior else 0,
-            # A short training needs the free pathways, too, for half of its time.
+            # A short training needs all of its pathways for half of its time.
             burn_in=min(self.burn_in, max(self.max_epochs // 2, 1)),
             every=self.evidence_every,
             n_sketches=choose_sketches(
                 self.curvature, self.curvature_samples, len(data), len(self.classes_)
             ),
             seed=seed,
-            lengthscales=LengthscaleSolver() if self.learn_lengthscale else None,
+            lengthscales=LengthscaleSolver() if learn_lengthscale else None,
         )
 
     def _record(self, net: SoftEquivariantNet, data: TrainingData) -> None:
@@ -725,9 +727,10 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             If the group is unknown.
         """
         check_is_fitted(self)
-        (name,) = check_names(group, GROUPS, "group")
+        if group not in set(GROUPS):
+            raise ValueError(f"group={group!r} is not known. Choose one of {sorted(GROUPS)}.")
         batches = self._new_images(X).to(self.device_).split(CURVATURE_BATCH)
-        return Bunch(**equivariance_errors(self.module_, batches, GROUPS[name])._asdict())
+        return Bunch(**equivariance_errors(self.module_, batches, GROUPS[group])._asdict())
 
 
 def _evaluations(net: SoftEquivariantNet) -> dict[str, np.ndarray]:

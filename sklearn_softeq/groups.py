@@ -38,7 +38,7 @@ _REFLECTION: Matrix = ((1, 0), (0, -1))  # left ↔ right
 class Symmetry(Protocol):
     """What a measurement of equivariance asks of a group; only the group knows its elements."""
 
-    def elements(self, grid: Grid) -> list[Any]: ...
+    def elements(self, grid: Grid, *axes: "PointGroup") -> list[Any]: ...
 
     def act(
         self, features: torch.Tensor, element: Any, axis: "PointGroup | None" = None
@@ -93,7 +93,7 @@ class PointGroup:
         """Whether the other is a subgroup; None stands for no symmetry at all."""
         return other is None or set(other.matrices) <= set(self.matrices)
 
-    def translates_to(self, g: Matrix, h: Matrix) -> int:
+    def quotient(self, g: Matrix, h: Matrix) -> int:
         """The place of g⁻¹ h among the elements."""
         return self.matrices.index(_product(_inverse(g), h))
 
@@ -115,10 +115,20 @@ class PointGroup:
         places = torch.arange(kernel[0] * kernel[1], device="cpu").view(kernel)
         return _move(places, element).flatten()
 
-    def elements(self, grid: Grid) -> list[Matrix]:
-        """The elements that keep the shape of the grid, without the identity."""
+    def elements(self, grid: Grid, *axes: "PointGroup") -> list[Matrix]:
+        """The elements that move feature maps on a grid, with the orientations of these groups.
+
+        Left out are those that do not keep the shape of the grid, those that take an orientation
+        to none, and, on a grid of one pixel, those that move no orientation either.
+        """
         square = grid[0] == grid[1]
-        return [m for m in self.matrices[1:] if square or not _transposes(m)]
+        found = []
+        for matrix in self.matrices[1:]:
+            sources = [_sources(matrix, axis) for axis in axes]
+            known = None not in sources and (square or not _transposes(matrix))
+            if known and (grid != (1, 1) or any(s != sorted(s or ()) for s in sources)):
+                found.append(matrix)
+        return found
 
     def act(
         self, features: torch.Tensor, element: Matrix, axis: "PointGroup | None" = None
@@ -130,13 +140,14 @@ class PointGroup:
         features : tensor
         element : matrix
         axis : PointGroup, optional
-            The group of the features' orientations, default none. They are permuted by an element
-            of that group; any other moves pixels only.
+            The group of the features' orientations, default none. An element r of that group
+            takes them from r⁻¹ g; any other m, as a change of coordinates, from m⁻¹ g m.
         """
         moved = _move(features, element)
-        if axis is None or axis.order == 1 or element not in axis:
+        if axis is None or axis.order == 1:
             return moved
-        sources = [axis.translates_to(element, g) for g in axis.matrices]  # r⁻¹ g
+        sources = _sources(element, axis)
+        assert sources is not None, "the orientations do not know this element"
         return moved.unflatten(-3, (-1, axis.order))[..., sources, :, :].flatten(-4, -3)
 
     def output_elements(self, element: Matrix, stride: Grid) -> list[Matrix]:
@@ -157,7 +168,7 @@ class Translation:
 
     name: str = "translation"
 
-    def elements(self, grid: Grid) -> list[Shift]:
+    def elements(self, grid: Grid, *axes: PointGroup) -> list[Shift]:
         """Shifts by 0, 1 and half of the side along each axis, without the identity.
 
         Together they generate every shift along an axis; the half turn of the grid is the
@@ -187,6 +198,18 @@ def join(groups: Iterable[PointGroup]) -> PointGroup:
     groups = [P1, *groups]
     together = PointGroup.generated("", *(m for group in groups for m in group.matrices))
     return next((group for group in groups if group.contains(together)), together)
+
+
+def _sources(element: Matrix, axis: PointGroup) -> list[int] | None:
+    """Where each orientation comes from under an element; None if it is from none of them."""
+    inverse = _inverse(element)
+    if element in axis:
+        found = [_product(inverse, g) for g in axis.matrices]
+    else:
+        found = [_product(_product(inverse, g), element) for g in axis.matrices]
+    if not all(g in axis for g in found):
+        return None
+    return [axis.matrices.index(g) for g in found]
 
 
 def _product(a: Matrix, b: Matrix) -> Matrix:

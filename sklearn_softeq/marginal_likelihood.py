@@ -113,8 +113,7 @@ class LaplaceEvidence:
             tensor = f"{name}.weight"
             precision = log_precision[self.index[tensor]].exp()
             log_det_slope = self.spectra[tensor].log_det_slope(precision).item()
-            # Eq. gradient in ω
-            gradient[name] = slope - 0.5 * self.charges.get(tensor, 1.0) * log_det_slope
+            gradient[name] = slope - 0.5 * log_det_slope  # Eq. gradient in ω
         return gradient
 
     def _squares(self, log_precision: torch.Tensor) -> torch.Tensor:
@@ -159,11 +158,14 @@ class Ascent:
         About the change of a logarithm in one step.
     bounds : pair of float
         Of each entry.
+    eps : float, default=1e-8
+        Size of a gradient that is as good as none; much smaller ones take much smaller steps.
     """
 
-    def __init__(self, rate: float, bounds: tuple[float, float]):
+    def __init__(self, rate: float, bounds: tuple[float, float], eps: float = 1e-8):
         self.rate = rate
         self.bounds = bounds
+        self.eps = eps
         self._vector = torch.zeros(0, dtype=torch.float64)
         self._adam: torch.optim.Adam | None = None
 
@@ -171,7 +173,7 @@ class Ascent:
         """One step from a vector along a gradient."""
         if self._adam is None:
             self._vector = vector.clone()
-            self._adam = torch.optim.Adam([self._vector], lr=self.rate, maximize=True)
+            self._adam = torch.optim.Adam([self._vector], lr=self.rate, eps=self.eps, maximize=True)
         self._vector.copy_(vector)
         self._vector.grad = gradient
         self._adam.step()
@@ -198,7 +200,8 @@ class AdamSolver:
 class LengthscaleSolver:
     """One step of Adam on all log ω at each evidence.
 
-    Not more than one: the eigenvalues are those of the present ω, and so is the fit.
+    Not more than one: the eigenvalues are those of the present ω, and so is the fit. A slope of
+    less than a nat says little and moves little.
 
     Parameters
     ----------
@@ -207,7 +210,7 @@ class LengthscaleSolver:
     """
 
     def __init__(self, rate: float = 0.1):
-        self.ascent = Ascent(rate, LOG_OMEGA_BOUNDS)
+        self.ascent = Ascent(rate, LOG_OMEGA_BOUNDS, eps=1.0)
 
     def step(
         self, log_omegas: Mapping[str, float], gradient: Mapping[str, float]

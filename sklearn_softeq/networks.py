@@ -352,8 +352,9 @@ def _check_memory(network: SoftEquivariantNetwork, itemsize: int) -> None:
         raise ValueError(
             f"The network has {sum(sizes.values())} weights, {sizes[largest]} of them in "
             f"{largest!r}; training it with its curvature needs about {needed} bytes, and this "
-            f"machine has {present}. Use the pathway 'factored_fc' in place of 'fc', smaller "
-            "images, or a smaller width."
+            f"machine has {present}. Images are padded to {network.canvas[0]}×"
+            f"{network.canvas[1]} (to a square where a group has quarter turns). Use the pathway "
+            "'factored_fc' in place of 'fc', a smaller group, smaller images, or a smaller width."
         )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from .hyperparameters import LOG_PRECISION_BOUNDS, LayerwisePrior
 from .layers import Pathway, PathwaySum
-from .networks import SoftEquivariantNetwork
+from .networks import SCALES, SoftEquivariantNetwork
 
 __all__ = [
     "LR_SCHEDULES",
@@ -24,6 +24,7 @@ __all__ = [
     "Plateau",
     "SymmetricStart",
     "fix_gauge",
+    "restart_jointly",
 ]
 
 LR_SCHEDULES = ("cooldown", "cosine", "constant")
@@ -172,8 +173,6 @@ class JointStart:
         """Nothing to release."""
         return False
 
-    restart = release
-
     def charges(self, network: SoftEquivariantNetwork) -> dict[str, float]:
         """Every log determinant counts once."""
         return {}
@@ -196,7 +195,7 @@ class SymmetricStart:
     Parameters
     ----------
     charge : float, default=2.0
-        How many times the log determinants of the others count in the hyper steps. The
+        How many times the log determinants of the free ones count in the hyper steps. The
         Kronecker factors overstate the log determinant of a convolution (1.9 times the exact
         block's) more than that of a factored layer (1.2 to 1.5 times), and charge a function
         that both can carry twice; counted once, free pathways survive on symmetric tasks.
@@ -239,34 +238,16 @@ class SymmetricStart:
             block.enabled[name] = True
         return bool(held)
 
-    def restart(
-        self,
-        network: SoftEquivariantNetwork,
-        prior: LayerwisePrior,
-        learn: bool,
-        generator: torch.Generator | None = None,
-    ) -> bool:
-        """Begin anew with all pathways at once; whether anything was held back.
-
-        For a network whose symmetric pathways alone have learnt nothing: where the task breaks
-        the symmetry, the prior may have taken their weights to zero, and nothing grows from there.
-        """
-        if not _held_pathways(network):
-            return False
-        for layer in network.layers.values():
-            layer.enabled = dict.fromkeys(layer.enabled, True)
-        for module in network.modules():
-            if isinstance(module, Pathway):
-                module.reset(generator)
-        prior.reset()
-        return True
-
     def charges(self, network: SoftEquivariantNetwork) -> dict[str, float]:
-        """The charge of each tensor of what is held back at the start."""
+        """The charge of each tensor of the free pathways that are held back at the start.
+
+        One with a symmetry of its own is a convolution as well, and as much overstated.
+        """
         return {
             f"{prefix}.{tensor}": self.charge
             for prefix, _, _, pathway in _held_pathways(network)
             for tensor, _ in pathway.named_parameters()
+            if pathway.group is None
         }
 
     def prune(
@@ -286,6 +267,29 @@ class SymmetricStart:
 Start = JointStart | SymmetricStart
 
 STARTS: dict[str, type[Start]] = {"joint": JointStart, "symmetric": SymmetricStart}
+
+
+def restart_jointly(
+    network: SoftEquivariantNetwork,
+    prior: LayerwisePrior,
+    generator: torch.Generator | None = None,
+) -> bool:
+    """Begin anew with all pathways at once, if some are still held back; whether it was so.
+
+    For a network whose symmetric pathways alone have learnt nothing: where the task breaks the
+    symmetry, the prior may have taken their weights to zero, and nothing grows from there.
+    """
+    if not _held_pathways(network):
+        return False
+    for layer in network.layers.values():
+        layer.enabled = dict.fromkeys(layer.enabled, True)
+        groups = {name: pathway.group for name, pathway in layer.pathways.items()}
+        layer.scale *= SCALES[JointStart.scale](groups) / SCALES[SymmetricStart.scale](groups)
+    for module in network.modules():
+        if isinstance(module, Pathway):
+            module.reset(generator)
+    prior.reset()
+    return True
 
 
 @torch.no_grad()

@@ -131,8 +131,8 @@ def equivariance_errors(
 
     For each layer l on its own input h: ‖f_l(g h) − g' f_l(h)‖ / ‖f_l(h)‖, over the data in the
     Frobenius norm, where g' is for each sample the nearest of the output's elements that may
-    answer to g at the layer's stride; then the mean over g. For the network: ‖f(g x) − f(x)‖ /
-    ‖f(x)‖ of the logits.
+    answer to g at the layer's stride; then the mean over the g that move anything (0 if none
+    does). For the network: ‖f(g x) − f(x)‖ / ‖f(x)‖ of the logits.
     """
     layers, free = ({name: _Error() for name in network.layers} for _ in range(2))
     logits = _Error()
@@ -156,7 +156,8 @@ def _add_errors(
 ) -> None:
     """Count in the error of a layer on its input, for each element."""
     outputs = layer(features)
-    for g in group.elements((features.shape[2], features.shape[3])):
+    grid = (features.shape[2], features.shape[3])
+    for g in group.elements(grid, layer.in_group, layer.out_group):
         moved = layer(group.act(features, g, layer.in_group))
         answers = group.output_elements(g, layer.stride)
         error.add(g, moved, [group.act(outputs, a, layer.out_group) for a in answers], outputs)

@@ -111,19 +111,19 @@ def test_a_fraction_of_the_pixels_rounded_and_at_least_one(grid, fraction, expec
 @each_fraction
 def test_matrix_is_the_formula(grid, fraction):
     found = Interpolation(grid, fraction).double()
-    for log_omega in (0.0, LOG_OMEGA_BOUNDS[0], -0.3, 0.7, LOG_OMEGA_BOUNDS[1]):
+    for log_omega in (0.0, LOG_OMEGA_BOUNDS[0], -0.3, 0.6, LOG_OMEGA_BOUNDS[1]):
         found.set_log_omega(log_omega)
         expected = interpolation(grid, found.n_anchors, log_omega)
         torch.testing.assert_close(found.matrix, expected, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("log_omega", [0.0, 0.7])
+@pytest.mark.parametrize("log_omega", [0.0, 0.6])
 def test_values_at_anchors_are_kept(log_omega):
     # Every pixel an anchor: σ² = 1e-4 is small beside the least eigenvalue of K_ZZ, 1e-3 or more.
     found = Interpolation((4, 5), 1.0).double()
     found.set_log_omega(log_omega)
     away = (found.matrix - torch.eye(20)).abs().max()
-    assert 0 < away < {0.0: 0.05, 0.7: 1e-3}[log_omega]
+    assert 0 < away < {0.0: 0.05, 0.6: 3e-3}[log_omega]
     # Anchors between pixels: where one happens to stand on a pixel, it alone speaks there.
     centre = Interpolation((3, 3), 7 / 9).double()
     centre.set_log_omega(log_omega)
@@ -149,11 +149,11 @@ def test_a_smooth_image_is_kept():
     rows, columns = place_anchors((8, 8), 64).T
     wave = torch.cos(0.5 * rows + 0.3) * torch.cos(0.4 * columns)
     lost = []
-    for log_omega in (1.0, 0.0, -1.0):
+    for log_omega in (0.6, 0.0, -1.0):
         found.set_log_omega(log_omega)
         kept = found.fit(wave[None]) @ found.matrix
         lost.append(((kept - wave).norm() / wave.norm()).item())
-    assert lost[0] > 4 * lost[1] > 16 * lost[2]
+    assert lost[0] > 2 * lost[1] > 8 * lost[2]
     assert lost[2] < 0.01
 
 
@@ -175,7 +175,7 @@ def test_fit_is_the_least_squares_one(fraction):
 
 @each_of_some_grids
 @each_fraction
-@pytest.mark.parametrize("log_omega", [-0.5, 0.0, 0.8])
+@pytest.mark.parametrize("log_omega", [-0.5, 0.0, 0.6])
 def test_tangent_against_central_differences(grid, fraction, log_omega):
     found, step = Interpolation(grid, fraction).double(), 1e-5
     either = []

@@ -1,9 +1,10 @@
-"""scikit-learn's own checks, all of them, on the default classifier and on each set of pathways."""
+"""scikit-learn's own checks, all of them, on the default classifier and on sets of pathways."""
 
 import pytest
 from sklearn.utils.estimator_checks import check_estimator
 
 from sklearn_softeq import SoftEquivariantClassifier
+from sklearn_softeq.layers import PATHWAYS
 
 N_CHECKS = 63  # a classifier with predict_proba, sample_weight and class_weight
 
@@ -22,31 +23,72 @@ def test_check_estimator_default():
     assert statuses(SoftEquivariantClassifier()) == set()
 
 
+# Rows of f features are images of one row, for a group with quarter turns on a square canvas: f²
+# pixels, at which a network of few channels must do.
+SUMS = [
+    {"pathways": ("fc",)},
+    {"pathways": ("factored_fc",)},
+    {"pathways": ("sparse_fc",), "anchor_fraction": 1.0},
+    {"pathways": ("conv", "fc")},
+    {"pathways": ("fc", "factored_fc")},
+    {"pathways": ("conv", "fc", "factored_fc")},
+    {
+        "pathways": ("conv", "sparse_conv", "fc", "factored_fc", "sparse_fc", "pm_conv"),
+        "width": 2,
+    },
+    {"pathways": ("p4_conv", "conv", "factored_fc"), "width": 2},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", SUMS, ids=str)
+def test_check_estimator_pathways(options):
+    assert statuses(SoftEquivariantClassifier(**options)) == set()
+
+
+@pytest.mark.slow
+def test_check_estimator_all_pathways_without_fc():
+    # A free map between 32×32 pixels with orientations takes minutes for each evidence.
+    pathways = tuple(name for name in PATHWAYS if name != "fc")
+    options = {"width": 1, "evidence_every": 15, "max_epochs": 80}
+    assert statuses(SoftEquivariantClassifier(pathways=pathways, **options)) == set()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "pathways",
+    "options",
     [
-        ("fc",),
-        ("factored_fc",),
-        ("conv", "fc"),
-        ("fc", "factored_fc"),
-        ("conv", "fc", "factored_fc"),
+        {"start": "joint"},
+        {"learn_prior": False},
+        {"architecture": "resnet", "width": 4},
+        {
+            "pathways": ("conv", "sparse_conv", "sparse_fc"),
+            "anchor_fraction": 1.0,
+            "learn_lengthscale": True,
+            "width": 4,
+        },
     ],
-    ids="+".join,
+    ids=str,
 )
-def test_check_estimator_pathways(pathways):
-    assert statuses(SoftEquivariantClassifier(pathways=pathways)) == set()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{"start": "joint"}, {"learn_prior": False}], ids=str)
 def test_check_estimator_options(options):
     assert statuses(SoftEquivariantClassifier(**options)) == set()
 
 
 @pytest.mark.slow
-def test_check_estimator_conv_alone():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pathways": "conv"},
+        {"pathways": "sparse_conv"},
+        {"pathways": "pm_conv", "width": 2},
+        {"pathways": "p4_conv", "width": 2},
+        {"pathways": "p4m_conv", "width": 2, "evidence_every": 15, "max_epochs": 80},
+        {"pathways": "sparse_fc"},  # one anchor for two pixels
+    ],
+    ids=str,
+)
+def test_check_estimator_symmetric_in_two_features(options):
     # On rows of two features a strict convolution network is a symmetric function of the two, and
     # the blobs of check_classifiers_train cannot be told apart by one.
-    failed = {line.split(":")[0] for line in statuses(SoftEquivariantClassifier(pathways="conv"))}
+    failed = {line.split(":")[0] for line in statuses(SoftEquivariantClassifier(**options))}
     assert failed <= {"check_classifiers_train"}

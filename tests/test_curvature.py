@@ -1,11 +1,14 @@
 """Kronecker factors against literal loops, and against the full GGN where KFAC is exact."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import ALL_PATHWAYS, APPROXIMATE, EXACT, NetworkCase, chain, randomise
 from references import ggn, kfac_expand
 from torch import nn
 
+from sklearn_softeq import curvature
 from sklearn_softeq.curvature import kronecker_factors
 from sklearn_softeq.kronecker import Kronecker
 from sklearn_softeq.layers import FC, Conv
@@ -52,12 +55,14 @@ def test_factors_against_loops(case):
     inputs, _, weights = batch
     found = exact_factors(network, case.likelihood, batch)
     expected = kfac_expand(network, case.likelihood, inputs, weights)
-    assert set(found) == {f"{n}.{part}" for n in expected for part in ("weight", "bias")}
+    assert set(found) == {name for name, _ in network.named_parameters()}
     for name, (left, right, bias) in expected.items():
         weight = found[f"{name}.weight"]
         close(weight.left, left)
         close(weight.right, right / weights.sum())
-        close(found[f"{name}.bias"].to_dense(), bias)
+        assert (f"{name}.bias" in found) == (bias is not None)
+        if bias is not None:
+            close(found[f"{name}.bias"].to_dense(), bias)
         assert right.abs().max() > 1e-6, "a dead layer tests nothing"
 
 
@@ -120,7 +125,10 @@ def test_columns_of_other_blocks_stay_apart():
 
 # ── weights and parts of the data
 
-WEIGHTED = [BY_NAME[name] for name in ("all", "conv", "all-gaussian", "one-factored-gaussian")]
+WEIGHTED = [
+    replace(BY_NAME[name], n=4)
+    for name in ("all", "conv", "all-gaussian", "one-factored-gaussian", "sparse", "group-readout")
+]
 each_weighted = pytest.mark.parametrize("case", WEIGHTED, ids=str)
 
 
@@ -245,6 +253,143 @@ def test_one_generator_draws_anew_for_each_batch():
     assert any(not torch.allclose(right[0], other) for other in right[1:])
 
 
+# ── derivatives in the lengthscales (their values: test_lengthscales)
+
+SPARSE = [BY_NAME[name] for name in ("one-sparse-gaussian", "one-sparse-conv-gaussian", "sparse")]
+each_sparse = pytest.mark.parametrize("case", SPARSE, ids=str)
+
+
+def moving(network, likelihood, *batches, **options):
+    return kronecker_factors(network, likelihood, batches, lengthscales=True, **options)
+
+
+def tangents(factors):
+    """∂A or ∂Γ by tensor and side."""
+    sides = {"left": lambda k: k.left_tangent, "right": lambda k: k.right_tangent}
+    found = {(n, side): get(k) for n, k in factors.items() for side, get in sides.items()}
+    return {key: tangent for key, tangent in found.items() if tangent is not None}
+
+
+@each_sparse
+@pytest.mark.parametrize("n_sketches", [0, 1])
+def test_asking_for_derivatives_changes_nothing_else(case, n_sketches):
+    network, batch = setting(case)
+    options = [
+        {"n_sketches": n_sketches, "generator": torch.Generator().manual_seed(0)} for _ in range(2)
+    ]
+    plain = kronecker_factors(network, case.likelihood, [batch], **options[0])
+    found = moving(network, case.likelihood, batch, **options[1])
+    assert plain.slopes == tangents(plain.factors) == {}
+    assert found.log_likelihood == plain.log_likelihood
+    for name, kron in plain.factors.items():
+        assert torch.equal(found.factors[name].left, kron.left)
+        assert torch.equal(found.factors[name].right, kron.right)
+
+
+def test_what_moves():
+    case = BY_NAME["sparse"]
+    network, batch = setting(case)
+    found = moving(network, case.likelihood, batch)
+    expected = {
+        (f"blocks.{i}.{name}.weight", side)
+        for i in (0, 1)
+        for name, side in (
+            ("sparse_conv", "left"),
+            ("sparse_fc.U", "left"),
+            ("sparse_fc.V", "right"),
+        )
+    }
+    assert set(tangents(found.factors)) == expected
+    assert {f"{name}.weight" for name in found.slopes} == {name for name, _ in expected}
+
+
+@pytest.mark.parametrize("n_sketches", [0, 2])
+@pytest.mark.parametrize("case", SPARSE[:2], ids=str)
+def test_tangents_are_the_derivatives_of_the_factors(case, n_sketches):
+    # In one linear layer with Gaussian noise the tokens in pixels do not depend on ω.
+    network, batch = setting(case)
+    h = 1e-4
+
+    def look():
+        generator = torch.Generator().manual_seed(0)
+        options = {"n_sketches": n_sketches, "generator": generator}
+        return moving(network, case.likelihood, batch, **options).factors
+
+    for name, layer in network.named_modules():
+        psi = getattr(layer, "interpolation", None)
+        if psi is None:
+            continue
+        around = []
+        for log_omega in (-0.4, -0.4 + h, -0.4 - h):
+            psi.set_log_omega(log_omega)
+            around.append(look()[f"{name}.weight"])
+        here, up, down = around
+        psi.set_log_omega(0.0)
+        for tangent, sides in (
+            (here.left_tangent, (up.left, down.left)),
+            (here.right_tangent, (up.right, down.right)),
+        ):
+            difference = (sides[0] - sides[1]) / (2 * h)
+            expected = torch.zeros_like(difference) if tangent is None else tangent
+            scale = sides[0].abs().max().item()
+            torch.testing.assert_close(difference, expected, rtol=0, atol=1e-6 * scale)
+        assert (here.left_tangent is None) != (here.right_tangent is None)
+
+
+def close_derivatives(found, expected):
+    assert found.slopes == pytest.approx(expected.slopes, rel=1e-10, abs=1e-12)
+    other = tangents(expected.factors)
+    assert len(other) == len(expected.slopes)
+    for key, tangent in tangents(found.factors).items():
+        close(tangent, other[key])
+
+
+@each_sparse
+def test_derivatives_of_weighted_rows(case):
+    network, (inputs, targets, _) = setting(case)
+    repeats = torch.tensor([2, 1, 0, 3])
+    twice = (inputs.repeat_interleave(repeats, 0), targets.repeat_interleave(repeats, 0))
+    repeated = moving(network, case.likelihood, (*twice, torch.ones(6, dtype=torch.float64)))
+    weighted = moving(network, case.likelihood, (inputs, targets, repeats.double()))
+    close_derivatives(weighted, repeated)
+
+
+@each_sparse
+def test_derivatives_of_parts(case):
+    network, batch = setting(case)
+    whole = moving(network, case.likelihood, batch)
+    parts = zip(*(t.split([1, 2, 1]) for t in batch), strict=True)
+    close_derivatives(moving(network, case.likelihood, *parts), whole)
+    # A part that stands for the whole: each slope and each ∂(A ⊗ Γ) times the same number.
+    scale = 1000.0 / batch[2].sum().item()
+    found = moving(network, case.likelihood, batch, total_weight=1000.0)
+    expected = {name: scale * slope for name, slope in whole.slopes.items()}
+    assert found.slopes == pytest.approx(expected, rel=1e-12)
+    for (name, side), tangent in tangents(found.factors).items():
+        factor = scale if side == "right" else 1.0
+        close(tangent, factor * tangents(whole.factors)[name, side])
+
+
+def test_derivatives_in_float32():
+    case = BY_NAME["sparse"]
+    network, (inputs, targets, weights) = setting(case)
+    expected = moving(network, case.likelihood, (inputs, targets, weights))
+    batch = (inputs.float(), targets, weights.float())
+    found = moving(network.float(), case.likelihood, batch)
+    assert found.slopes == pytest.approx(expected.slopes, rel=1e-3, abs=1e-4)
+    for key, tangent in tangents(found.factors).items():
+        other = tangents(expected.factors)[key]
+        atol = 1e-3 * other.abs().max().item()
+        torch.testing.assert_close(tangent.double(), other, rtol=0, atol=atol)
+
+
+def test_a_network_without_lengthscales_has_no_derivatives():
+    case = BY_NAME["all"]
+    network, batch = setting(case)
+    found = moving(network, case.likelihood, batch)
+    assert found.slopes == tangents(found.factors) == {}
+
+
 # ── what the pass leaves behind
 
 
@@ -269,6 +414,16 @@ def test_nothing_is_left_on_the_network():
     assert not any(k.left.requires_grad or k.right.requires_grad for k in found.values())
 
 
+def test_nothing_is_left_on_the_network_after_derivatives():
+    case = BY_NAME["sparse"]
+    network, batch = setting(case)
+    with torch.no_grad():
+        found = moving(network, case.likelihood, batch)
+    assert hooks(network) == []
+    assert all(p.grad is None for p in network.parameters())
+    assert not any(tangent.requires_grad for tangent in tangents(found.factors).values())
+
+
 class Broken(Categorical):
     def hessian_root(self, outputs):
         raise RuntimeError("broken likelihood")
@@ -277,9 +432,10 @@ class Broken(Categorical):
 def test_no_hook_is_left_after_an_exception():
     case = BY_NAME["all"]
     network, batch = setting(case)
-    with pytest.raises(RuntimeError, match="broken likelihood"):
-        kronecker_factors(network, Broken(), [batch])
-    assert hooks(network) == []
+    for lengthscales in (False, True):
+        with pytest.raises(RuntimeError, match="broken likelihood"):
+            kronecker_factors(network, Broken(), [batch], lengthscales=lengthscales)
+        assert hooks(network) == []
 
     def stops():
         yield batch
@@ -353,3 +509,22 @@ def test_two_classes_take_one_pass_and_one_class_none(monkeypatch):
         found = exact_factors(network, Categorical(), (inputs, targets, torch.ones(3)))
         assert len(passes) == k - 1
         assert k > 1 or all((kron.right == 0).all() for kron in found.values())
+
+
+def test_derivatives_take_one_pass_more(monkeypatch):
+    vectors, gradients = [], curvature._gradients
+
+    def counting(outputs, record, vector):
+        vectors.append((list(record), vector))
+        return gradients(outputs, record, vector)
+
+    monkeypatch.setattr(curvature, "_gradients", counting)
+    case = BY_NAME["sparse"]
+    network, batch = setting(case)
+    moving(network, case.likelihood, batch)
+    (score, columns) = vectors[0], vectors[1:]
+    assert len(columns) == 2  # three classes
+    assert all("sparse" in name for name in score[0])  # nothing further down than it must go
+    everything = {name.rsplit(".", 1)[0] for name, _ in network.named_parameters()}
+    assert all(set(names) == everything for names, _ in columns)
+    assert torch.allclose(score[1].sum(1), torch.zeros(4, dtype=torch.float64))  # onehot − p

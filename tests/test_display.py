@@ -131,6 +131,45 @@ def test_a_layer_may_lack_a_pathway(plt):
     assert_array_equal(display.markers_[0].get_xdata(), [1.0, np.nan])
 
 
+class FittedReadout(Fitted):
+    """Five pathways: three in each block, two others in the readout."""
+
+    def fit(self, X=None, y=None):
+        super().fit()
+        nan, inf = np.nan, np.inf
+        self.layer_names_ = ("blocks.0", "blocks.1", "head.hidden")
+        self.pathway_names_ = ("p4_conv", "conv", "sparse_fc", "pooled", "free")
+        self.symmetry_ = np.array(
+            [[0.5, 0.25, 0.25, 0, 0], [1.0, 0, 0, 0, 0], [0, 0, 0, 0.125, 0.875]]
+        )
+        self.prior_precision_ = np.array(
+            [[2.0, 5.0, 9.0, nan, nan], [1.0, inf, 40.0, nan, nan], [nan, nan, nan, 3.0, 7.0]]
+        )
+        return self
+
+
+@pytest.mark.filterwarnings("error")
+def test_layers_with_pathways_of_their_own(plt):
+    fitted = FittedReadout().fit()
+    display = SymmetryDisplay.from_estimator(fitted)
+    display.figure_.canvas.draw()
+    widths = np.array([[bar.get_width() for bar in bars] for bars in display.bars_]).T
+    ends = np.array([[bar.get_x() + bar.get_width() for bar in bars] for bars in display.bars_]).T
+    assert_allclose(widths, fitted.symmetry_)
+    assert_allclose(ends.max(1), 1)
+    labels = [text.get_text() for text in display.axes_[0].texts if text.get_text()]
+    assert sorted(labels) == ["100%", "12%", "25%", "25%", "50%", "88%"]
+    shown = np.array([marker.get_xdata() for marker in display.markers_]).T
+    finite = np.isfinite(fitted.prior_precision_)
+    assert_allclose(shown[finite], fitted.prior_precision_[finite])
+    assert_array_equal(np.isnan(shown), np.isnan(fitted.prior_precision_))
+    assert 40 < shown[1, 1] < display.axes_[1].get_xlim()[1]
+    legend = display.axes_[1].get_legend()
+    assert tuple(text.get_text() for text in legend.get_texts()) == fitted.pathway_names_
+    looks = {(m.get_marker(), m.get_markerfacecolor()) for m in display.markers_}
+    assert len(looks) == 5
+
+
 @pytest.mark.filterwarnings("error")  # matplotlib warns when the parts do not fit
 @pytest.mark.parametrize(("n_layers", "n_pathways"), [(1, 1), (40, 3), (4, 17)])
 def test_any_number_of_layers_and_pathways(plt, n_layers, n_pathways):

@@ -3,6 +3,7 @@
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -30,8 +31,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
 from skorch.callbacks import Callback
 
-from sklearn_softeq import SoftEquivariantClassifier, networks
+from sklearn_softeq import SoftEquivariantClassifier, networks, training
 from sklearn_softeq.datasets import load_digit_tasks
+from sklearn_softeq.groups import GROUPS
+from sklearn_softeq.layers import PATHWAYS
 
 FAST = {"max_epochs": 60, "width": 4, "lr": 0.02, "random_state": 0}
 
@@ -164,6 +167,11 @@ def test_warning_at_the_cap_and_none_when_converged(digits):
         {"pathways": ["fc"]},
         {"pathways": ("conv", "fc", "factored_fc")},
         {"burn_in": 1, "evidence_every": 1},
+        {"architecture": "resnet"},
+        {"pathways": ("sparse_conv", "sparse_fc"), "anchor_fraction": 0.25},
+        {"pathways": ("conv", "sparse_fc"), "learn_lengthscale": True},
+        {"pathways": ("sparse_fc", "sparse_conv"), "start": "joint", "learn_lengthscale": True},
+        {"pathways": ("p4_conv", "conv", "factored_fc"), "width": 2, "start": "joint"},
     ],
     ids=str,
 )
@@ -181,6 +189,151 @@ def test_architecture_of_the_paper(digits):
     ).fit(images[:20], labels[:20])
     assert clf.symmetry_.shape == (8, 2)
     assert clf.module_.canvas == (32, 32)
+
+
+# pathways
+
+TABLES = (
+    "prior_precision_",
+    "effective_dimensions_",
+    "n_weights_",
+    "symmetry_",
+    "symmetry_per_weight_",
+    "output_share_",
+)
+SHORT = {**FAST, "max_epochs": 30, "burn_in": 10}
+
+
+@pytest.mark.parametrize("pathway", PATHWAYS)
+def test_each_pathway_alone(digits, pathway):
+    clf = SoftEquivariantClassifier(**{**FAST, "width": 2}, pathways=pathway).fit(*digits)
+    assert clf.score(*digits) > 0.6  # one of three by chance
+    assert clf.layer_names_ == ["blocks.0", "blocks.1"]
+    assert clf.pathway_names_ == [pathway]
+    np.testing.assert_array_equal(clf.symmetry_, 1)
+    assert clf.log_marginal_likelihood_value_ > clf.scores_[0]
+
+
+@pytest.mark.parametrize("start", ["symmetric", "joint"])
+def test_what_a_fit_reveals_where_layers_differ(digits, start):
+    names = ("p4_conv", "conv", "sparse_fc")
+    clf = SoftEquivariantClassifier(**{**SHORT, "width": 1}, pathways=names, start=start)
+    clf.fit(*digits)
+    assert clf.layer_names_ == ["blocks.0", "blocks.1", "head.hidden"]
+    assert clf.pathway_names_ == [*names, "pooled", "free"]
+    has = np.array([[True] * 3 + [False] * 2] * 2 + [[False] * 3 + [True] * 2])
+    assert all(getattr(clf, table).shape == (3, 5) for table in TABLES)
+    assert ((clf.n_weights_ > 0) == has).all()
+    assert (np.isnan(clf.prior_precision_) == ~has).all()
+    off = np.isinf(clf.prior_precision_)
+    for table in ("symmetry_", "symmetry_per_weight_", "output_share_"):
+        share = getattr(clf, table)
+        np.testing.assert_allclose(share.sum(1), 1.0)
+        assert (share[~has | off] == 0).all()
+    assert (clf.effective_dimensions_[~has | off] == 0).all()
+    assert (clf.effective_dimensions_ <= clf.n_weights_).all()
+    last = sum(w.numel() for w in clf.module_.head.output.parameters())
+    total = sum(w.numel() for w in clf.module_.parameters())
+    assert clf.n_weights_.sum() + last == total
+
+
+def test_residual_network(digits):
+    clf = SoftEquivariantClassifier(**SHORT, architecture="resnet").fit(*digits)
+    layers = [f"blocks.{i}.{part}" for i in (0, 1) for part in ("first", "second")]
+    assert clf.layer_names_ == layers
+    assert all(getattr(clf, table).shape == (4, 2) for table in TABLES)
+    np.testing.assert_allclose(clf.symmetry_.sum(1), 1.0)
+    assert set(clf.prior_precisions_by_name_) >= {f"{name}.conv.weight" for name in layers}
+
+
+def test_anchors_for_each_pixel(digits):
+    options = {"pathways": ("sparse_conv", "sparse_fc"), "width": 2, "max_epochs": 1}
+    weights = {}
+    for fraction in ("auto", 0.5, 0.25, 1.0, 1):
+        clf = SoftEquivariantClassifier(**options, anchor_fraction=fraction).fit(*digits)
+        weights[fraction] = clf.n_weights_.tolist()
+    # blocks of 1 → 2 and 2 → 4 channels on 4×4 and 2×2 pixels, strides of 2
+    assert weights[0.5] == [[2 * 4 + 2, 2 * (8 + 2) + 2], [8 * 4 + 4, 8 * (2 + 1) + 4]]
+    assert weights[1.0] == [[2 * 9 + 2, 2 * (16 + 4) + 2], [8 * 9 + 4, 8 * (4 + 1) + 4]]
+    assert weights[0.25] == [[2 * 2 + 2, 2 * (4 + 1) + 2], [8 * 2 + 4, 8 * (1 + 1) + 4]]
+    assert weights["auto"] == weights[0.5]
+    alone = SoftEquivariantClassifier(**{**options, "pathways": "sparse_conv"}).fit(*digits)
+    assert alone.n_weights_.tolist() == [[2 * 7 + 2], [8 * 7 + 4]]
+
+
+# lengthscales
+
+SPARSE = {**SHORT, "pathways": ("sparse_conv", "sparse_fc")}
+
+
+def test_lengthscales_are_learned_if_asked_for(digits):
+    still = SoftEquivariantClassifier(**SPARSE).fit(*digits)
+    assert set(still.lengthscales_by_name_.values()) == {1.0}
+    assert SoftEquivariantClassifier(**SHORT).fit(*digits).lengthscales_by_name_ == {}
+    clf = SoftEquivariantClassifier(**SPARSE, learn_lengthscale=True).fit(*digits)
+    found = clf.lengthscales_by_name_
+    maps = {
+        f"blocks.{i}.{n}" for i in (0, 1) for n in ("sparse_conv", "sparse_fc.U", "sparse_fc.V")
+    }
+    assert set(found) <= maps
+    assert {"blocks.0.sparse_conv", "blocks.1.sparse_conv"} <= set(found)
+    for name, value in found.items():
+        psi = clf.module_.get_submodule(name).interpolation
+        assert value == pytest.approx(1 / psi.log_omega.exp().item())
+        assert 1 / 3 <= value <= 5
+    assert abs(np.log(found["blocks.0.sparse_conv"])) > 0.05
+    fixed = SoftEquivariantClassifier(**SPARSE, learn_lengthscale=True, learn_prior=False)
+    assert set(fixed.fit(*digits).lengthscales_by_name_.values()) == {1.0}
+
+
+def test_lengthscales_of_what_is_on_only(digits, monkeypatch):
+    monkeypatch.setattr(training, "LEARNT", -np.inf)  # or labels of chance start jointly
+    clf = SoftEquivariantClassifier(
+        **{**SPARSE, "max_epochs": 100, "evidence_every": 1}, learn_lengthscale=True
+    ).fit(digits[0], np.arange(150) % 3)  # labels of chance
+    removed = np.isinf(clf.prior_precision_)
+    assert removed[:, 1].any()
+    on = {"sparse_conv": ("sparse_conv",), "sparse_fc": ("sparse_fc.U", "sparse_fc.V")}
+    assert set(clf.lengthscales_by_name_) == {
+        f"{layer}.{name}"
+        for i, layer in enumerate(clf.layer_names_)
+        for j, pathway in enumerate(clf.pathway_names_)
+        for name in on[pathway]
+        if not removed[i, j]
+    }
+
+
+def test_lengthscales_travel_with_the_model(digits):
+    images, labels = digits
+    clf = SoftEquivariantClassifier(**SPARSE, learn_lengthscale=True, warm_start=True)
+    clf.fit(images, labels)
+    before = dict(clf.lengthscales_by_name_)
+    assert set(before.values()) != {1.0}
+    again = pickle.loads(pickle.dumps(clf))
+    assert again.lengthscales_by_name_ == before
+    np.testing.assert_array_equal(again.predict_proba(images), clf.predict_proba(images))
+    # A further fit begins from them, and leaves them where they are if it does not learn them.
+    again.set_params(learn_lengthscale=False, max_epochs=3).fit(images, labels)
+    kept = {name: before[name] for name in again.lengthscales_by_name_}
+    assert again.lengthscales_by_name_ == kept
+    clf.set_params(max_epochs=8, burn_in=1, evidence_every=1).fit(images, labels)
+    assert clf.lengthscales_by_name_ != before
+
+
+def test_partial_fit_learns_lengthscales(digits, monkeypatch):
+    monkeypatch.setattr(training, "LEARNT", -np.inf)  # two calls teach nothing
+    options = {**SPARSE, "burn_in": 2, "evidence_every": 2, "learn_lengthscale": True}
+    clf, seen = SoftEquivariantClassifier(**options), []
+    for _ in range(6):
+        clf.partial_fit(*digits, classes=[0, 1, 2])
+        seen.append(dict(clf.lengthscales_by_name_))
+    moved = [set(a.values()) != set(b.values()) for a, b in pairwise(seen)]
+    assert moved[0] is False  # the first evidence is that after the second call
+    assert moved[1] is True
+    again = pickle.loads(pickle.dumps(clf)).partial_fit(*digits)
+    clf.partial_fit(*digits)
+    assert again.lengthscales_by_name_ == clf.lengthscales_by_name_
+    assert clf.lengthscales_by_name_ != seen[-1]
 
 
 # prediction
@@ -230,8 +383,39 @@ def test_equivariance_error(digits):
     assert error.logits < 1e-10
     free = SoftEquivariantClassifier(**FAST, pathways="factored_fc").fit(images, labels)
     assert free.equivariance_error(images).logits > 0.1
-    with pytest.raises(ValueError, match=r"group='scaling' is not allowed.*translation"):
+    assert error.free.shape == (2,)
+    assert 0.5 < error.free[0] < 2
+    assert set(error) == {"layers", "free", "logits"}
+    with pytest.raises(ValueError, match=r"group='scaling' is not known.*p4m.*translation"):
         strict.equivariance_error(images, group="scaling")
+
+
+@pytest.mark.parametrize(
+    ("pathway", "groups"),
+    [
+        ("p4_conv", {"translation", "p4"}),
+        ("p4m_conv", {"translation", "p4", "p4m", "pm"}),
+        ("pm_conv", {"translation", "pm"}),
+        ("sparse_conv", {"translation"}),
+        ("sparse_fc", set()),
+    ],
+)
+def test_equivariance_error_of_each_group(digits, pathway, groups):
+    options = {**SHORT, "width": 2, "max_epochs": 3, "dtype": "float64"}
+    clf = SoftEquivariantClassifier(**options, pathways=pathway).fit(*digits)
+    for group in GROUPS:
+        error = clf.equivariance_error(digits[0], group=group)
+        assert error.layers.shape == error.free.shape == (2,)
+        assert (error.layers.max() < 1e-10) == (group in groups)
+        assert (error.logits < 1e-10) == (group in groups)
+
+
+def test_equivariance_error_of_a_readout(digits):
+    options = {**SHORT, "width": 1, "max_epochs": 3, "dtype": "float64", "burn_in": 1}
+    clf = SoftEquivariantClassifier(**options, pathways=("p4_conv", "conv"), start="joint")
+    error = clf.fit(*digits).equivariance_error(digits[0], group="p4")
+    assert error.layers.shape == error.free.shape == (3,)
+    assert error.layers.min() > 1e-3
 
 
 # data
@@ -294,10 +478,20 @@ def test_string_labels(fitted, digits):
 # weights
 
 
-def test_weights_are_repetitions(digits):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pathways": ("conv", "sparse_conv", "sparse_fc"), "learn_lengthscale": True},
+        {"pathways": ("p4_conv", "factored_fc"), "width": 2, "max_epochs": 30},
+        {"architecture": "resnet", "max_epochs": 30},
+    ],
+    ids=str,
+)
+def test_weights_are_repetitions(digits, options):
     images, labels = (part[:50] for part in digits)
     weights = np.random.RandomState(0).randint(0, 4, 50)
-    options = {**FAST, "dtype": "float64", "batch_size": 256}
+    options = {**FAST, "dtype": "float64", "batch_size": 256, **options}
     weighted = SoftEquivariantClassifier(**options).fit(images, labels, weights)
     repeated = SoftEquivariantClassifier(**options).fit(
         images.repeat(weights, axis=0), labels.repeat(weights)
@@ -309,6 +503,7 @@ def test_weights_are_repetitions(digits):
     assert weighted.log_marginal_likelihood_value_ == pytest.approx(
         repeated.log_marginal_likelihood_value_, rel=1e-7
     )
+    assert weighted.lengthscales_by_name_ == pytest.approx(repeated.lengthscales_by_name_)
 
 
 def test_balanced_class_weight_is_a_sample_weight(digits):
@@ -410,6 +605,17 @@ def test_grid_search_in_a_pipeline(digits):
     assert f"{name}__pathways" in search.best_params_
 
 
+def test_search_over_symmetries(digits):
+    grid = {
+        "pathways": ["sparse_conv", ("sparse_conv", "sparse_fc"), ["pm_conv", "factored_fc"]],
+        "architecture": ["auto", "resnet"],
+    }
+    short = SoftEquivariantClassifier(**{**SHORT, "max_epochs": 20, "width": 2})
+    search = GridSearchCV(short, grid, cv=2, error_score="raise").fit(*digits)
+    assert search.best_score_ > 0.6
+    assert search.best_estimator_.pathways == search.best_params_["pathways"]
+
+
 def test_cross_validation_beside_others(digits):
     images, labels = digits
     rows = images.reshape(150, -1)
@@ -461,10 +667,15 @@ def test_permutation_importance(fitted, digits):
     ("options", "message"),
     [
         ({"pathways": ("conv", "dense")}, r"pathways=.*unknown: \['dense'\]"),
+        ({"pathways": "dense"}, r"'p4m_conv'.*'sparse_fc'.*unknown: \['dense'\]"),
         ({"pathways": ()}, "one or more different names"),
         ({"pathways": ("conv", "conv")}, "one or more different names"),
         ({"hyper_solver": "newton"}, "'hyper_solver' parameter .* must be a str among"),
         ({"architecture": "resnet50"}, "'architecture' parameter .* must be a str among"),
+        ({"anchor_fraction": 0}, "'anchor_fraction' parameter .* must be a float in the range"),
+        ({"anchor_fraction": 1.5}, "'anchor_fraction' parameter .* range \\(0.0, 1.0\\]"),
+        ({"anchor_fraction": "half"}, "'anchor_fraction' parameter .* a str among {'auto'}"),
+        ({"learn_lengthscale": "yes"}, "'learn_lengthscale' parameter .* must be"),
         ({"prior_precision": 0}, "'prior_precision' parameter .* must be a float in the range"),
         ({"lr": -1.0}, "'lr' parameter .* must be a float in the range"),
         ({"width": 2.5}, "'width' parameter .* must be an int in the range"),

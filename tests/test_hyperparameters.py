@@ -28,6 +28,19 @@ def test_each_tensor_has_its_own_precision_in_order(tensors):
     assert prior.log_precision.shape == (len(tensors),)
 
 
+@pytest.mark.parametrize("architecture", ["auto", "resnet"])
+def test_biases_that_are_not_there_have_no_precision(architecture):
+    pathways = ("p4_conv", "sparse_conv", "sparse_fc")
+    options = {"pathways": pathways, "width": 1, "architecture": architecture}
+    tensors = dict(build_network((1, 4, 4), 3, **options).named_parameters())
+    prior = LayerwisePrior(tensors, 2.0)
+    assert list(prior.index) == list(tensors)
+    assert not any(name.endswith("V.bias") for name in prior.index)
+    assert {"head.hidden.pooled.weight", "head.hidden.free.bias"} <= set(prior.index)
+    squares = {name: w.detach().square().sum().item() for name, w in tensors.items()}
+    assert prior.scatter(tensors) == pytest.approx(2.0 * sum(squares.values()), rel=1e-5)
+
+
 def test_log_precision_is_saved_but_not_trained(tensors):
     prior = LayerwisePrior(tensors, precision=3.0)
     assert list(prior.parameters()) == []
@@ -51,6 +64,15 @@ def test_set_precision(tensors):
     changed = {name for name, value in prior.precisions().items() if value != 1.0}
     assert changed == {"blocks.1.fc.weight"}
     assert prior.precisions()["blocks.1.fc.weight"] == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(("start", "expected"), [(2.5, 2.5), (1e30, math.exp(18))])
+def test_reset(tensors, start, expected):
+    prior = LayerwisePrior(tensors, start)
+    for i, name in enumerate(tensors):
+        prior.set_precision(name, 0.1 + i)
+    prior.reset()
+    assert list(prior.precisions().values()) == pytest.approx([expected] * len(tensors))
 
 
 @pytest.mark.parametrize(("value", "end"), [(1e-20, 0), (1e20, 1)])

@@ -142,3 +142,23 @@ def test_links():
     expected = outputs.exp() / outputs.exp().sum(1, keepdim=True)
     torch.testing.assert_close(CATEGORICAL.link(outputs), expected)
     assert Gaussian(2.0).link(outputs) is outputs
+
+
+def test_constant_log_likelihood_is_the_best_constant():
+    targets = torch.tensor([0, 2, 2, 0, 2])  # class 1 is missing
+    weights = torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0], dtype=torch.float64)
+    found = Categorical().constant_log_likelihood(targets, weights)
+    # By ascent over the logits of a constant prediction.
+    logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-10)
+
+    def loss():
+        optimizer.zero_grad()
+        log_prob = Categorical().log_prob(logits.expand(5, 3), targets)
+        value = -(weights * log_prob).sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    assert found == pytest.approx(-loss().item(), abs=1e-4)
+    assert Categorical().constant_log_likelihood(torch.zeros(4, dtype=torch.long), weights[:4]) == 0

@@ -7,18 +7,13 @@ from statistics import mean
 
 import pytest
 import torch
-from cases import APPROXIMATE, EXACT, chain
-from references import (
-    jacobians,
-    linear_regression_log_evidence,
-    linear_regression_map,
-)
+from cases import APPROXIMATE, EXACT
+from objectives import LinearModel, ascend, laplace
 
 from sklearn_softeq.curvature import kronecker_factors
 from sklearn_softeq.hyperparameters import LOG_PRECISION_BOUNDS, LayerwisePrior, squared_norms
 from sklearn_softeq.kronecker import Kronecker, Spectrum, spectra
 from sklearn_softeq.layers import FC, Conv, PathwaySum
-from sklearn_softeq.likelihoods import Gaussian
 from sklearn_softeq.marginal_likelihood import (
     HYPER_SOLVERS,
     AdamSolver,
@@ -32,25 +27,12 @@ NETWORKS = [BY_NAME[name] for name in ("all", "all-gaussian", "factored-fc", "fu
 each_network = pytest.mark.parametrize("case", NETWORKS, ids=str)
 
 
-def laplace(network, likelihood, batch, prior):
-    """The objective of a network as it stands."""
-    factors, log_likelihood = kronecker_factors(network, likelihood, [batch])
-    norms = squared_norms(dict(network.named_parameters()))
-    return LaplaceEvidence(log_likelihood, spectra(factors), norms, prior.index)
-
-
 def objective_of(case, n=30):
     network = case.network()
     prior = LayerwisePrior(dict(network.named_parameters()))
     inputs = case.inputs(n)
     batch = (inputs, case.targets(network(inputs).detach()), torch.ones(n, dtype=torch.float64))
     return laplace(network, case.likelihood, batch, prior), prior, network
-
-
-def ascend(solver, objective, log_precision, n_steps):
-    for _ in range(n_steps):
-        log_precision = solver.step(objective, log_precision)
-    return log_precision
 
 
 # ── the value
@@ -68,7 +50,7 @@ def test_terms_against_dense_matrices():
     prior = LayerwisePrior(dict(network.named_parameters()))
     log_precision = torch.randn(len(prior.index), dtype=torch.float64)
     found = laplace(network, case.likelihood, batch, prior).evidence(log_precision)
-    factors, log_likelihood = kronecker_factors(network, case.likelihood, [batch])
+    factors, log_likelihood, _ = kronecker_factors(network, case.likelihood, [batch])
     prior.log_precision.copy_(log_precision)
     log_det = 0.0
     for name, delta in prior.precisions().items():
@@ -77,47 +59,6 @@ def test_terms_against_dense_matrices():
     assert found.log_likelihood == log_likelihood
     assert found.scatter == pytest.approx(prior.scatter(dict(network.named_parameters())))
     assert found.log_det_ratio == pytest.approx(log_det)
-
-
-class LinearModel:
-    """A network that is linear in its weights, at the exact mode of its posterior."""
-
-    def __init__(self, layer, inputs, targets):
-        self.network = chain(layer).double()
-        self.inputs, self.targets = inputs, targets
-        found = jacobians(self.network, inputs)
-        self.sizes = {name: j.shape[2] for name, j in found.items()}
-        self.design = torch.cat(list(found.values()), 2).detach().flatten(0, 1)  # (n·K, P)
-        self.prior = LayerwisePrior(dict(self.network.named_parameters()))
-
-    def column_precisions(self):
-        """δ of every column of the design."""
-        values = self.prior.precisions()
-        return torch.cat(
-            [torch.full((p,), values[n], dtype=torch.float64) for n, p in self.sizes.items()]
-        )
-
-    def to_mode(self, noise_variance):
-        solution = linear_regression_map(
-            self.design, self.targets.flatten(), self.column_precisions(), noise_variance
-        )
-        with torch.no_grad():
-            for name, part in zip(
-                self.sizes, solution.split(list(self.sizes.values())), strict=True
-            ):
-                tensor = self.network.get_parameter(name)
-                ordered = tensor.transpose(1, 2) if tensor.ndim == 3 else tensor
-                ordered.copy_(part.view(ordered.shape))
-
-    def objective(self, noise_variance):
-        weights = torch.ones(len(self.inputs), dtype=torch.float64)
-        batch = (self.inputs, self.targets, weights)
-        return laplace(self.network, Gaussian(noise_variance), batch, self.prior)
-
-    def closed_form(self, noise_variance):
-        return linear_regression_log_evidence(
-            self.design, self.targets.flatten(), self.column_precisions(), noise_variance
-        )
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,26 @@ def test_so_for_other_networks(dtype, shape):
     assert torch.equal(map_outputs(network, images.flip(0), 128), outputs.flip(0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", ["auto", "resnet"])
+@pytest.mark.parametrize(
+    "pathways",
+    [("sparse_conv", "sparse_fc"), ("p4_conv", "conv", "sparse_fc"), ("p4m_conv",)],
+    ids="+".join,
+)
+def test_so_for_other_pathways(dtype, architecture, pathways):
+    # Sparse maps choose the cheaper of two orders by the number of rows: it must not be seen.
+    options = {"pathways": pathways, "width": 2, "architecture": architecture}
+    network = randomise(build_network((1, 8, 8), 3, **options)).to(dtype)
+    images = torch.randn(40, 1, 8, 8, dtype=dtype)
+    outputs = map_outputs(network, images, 16)
+    for i in (0, 17, 39):
+        assert torch.equal(map_outputs(network, images[i : i + 1], 16), outputs[i : i + 1])
+    assert torch.equal(map_outputs(network, images.flip(0), 16), outputs.flip(0))
+    beside = torch.cat([1e3 * images[:5], images[5:20], -1e-3 * images[20:40]])
+    assert torch.equal(map_outputs(network, beside, 16)[5:20], outputs[5:20])
+
+
 def test_outputs_of_no_rows():
     network = network_of(torch.float32)
     assert map_outputs(network, torch.empty(0, 1, 16, 16), 16).shape == (0, 3)

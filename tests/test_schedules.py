@@ -22,14 +22,15 @@ from sklearn_softeq.schedules import (
     Plateau,
     SymmetricStart,
     fix_gauge,
+    restart_jointly,
 )
 
 ALL = ("conv", "factored_fc", "fc")
 
 
-def network_of(*pathways, shape=(2, 4, 4), width=2):
-    network = build_network(shape, 3, pathways=pathways, width=width, dtype=torch.float64)
-    return randomise(network)
+def network_of(*pathways, shape=(2, 4, 4), width=2, **options):
+    options = {"pathways": pathways, "width": width, "dtype": torch.float64, **options}
+    return randomise(build_network(shape, 3, **options))
 
 
 def prior_of(network, precision=1.0):
@@ -162,18 +163,43 @@ def test_table_of_starts():
 
 
 @pytest.mark.parametrize(
-    ("pathways", "joint", "symmetric"),
+    ("pathways", "n_starting"),
     [
-        (("conv", "factored_fc"), "sqrt", "sum"),
-        (("fc", "conv", "factored_fc"), "sqrt", "sum"),
-        (("conv",), "sqrt", "sqrt"),
-        (("fc",), "sqrt", "sqrt"),
-        (("fc", "factored_fc"), "sqrt", "sqrt"),
+        (("conv", "factored_fc"), 1),
+        (("fc", "conv", "factored_fc"), 1),
+        (("conv",), 1),
+        (("fc",), 1),
+        (("fc", "factored_fc"), 2),
+        (("conv", "sparse_conv"), 2),
+        (("sparse_fc", "conv", "fc", "sparse_conv"), 2),
+        (("p4_conv", "conv", "factored_fc"), 1),
+        (("p4_conv", "p4m_conv", "pm_conv"), 1),
+        (("p4_conv", "pm_conv", "conv"), 2),  # neither holds the other
     ],
+    ids=str,
 )
-def test_scale_of_the_sum(pathways, joint, symmetric):
-    assert JointStart.scale(pathways) == joint
-    assert SymmetricStart.scale(pathways) == symmetric
+@pytest.mark.parametrize("start", STARTS)
+def test_scale_of_the_sum_is_that_of_what_starts(pathways, n_starting, start):
+    kind = STARTS[start]
+    options = {"pathways": pathways, "width": 1, "scale": kind.scale}
+    network = build_network((1, 4, 4), 3, **options)
+    kind().begin(network)
+    expected = n_starting if start == "symmetric" else len(pathways)
+    for block in network.blocks:
+        assert sum(block.enabled.values()) == expected
+        assert block.scale == pytest.approx(1 / math.sqrt(expected))
+
+
+def test_scale_of_the_readout_and_of_residual_branches():
+    options = {"pathways": ("p4_conv", "conv"), "width": 1, "architecture": "resnet"}
+    scales = {}
+    for start, kind in STARTS.items():
+        network = build_network((1, 4, 4), 3, scale=kind.scale, **options)
+        scales[start] = {name: layer.scale for name, layer in network.layers.items()}
+    expected = {"blocks.0.first": 1, "blocks.0.second": 2, "blocks.1.first": 1}
+    expected |= {"blocks.1.second": 2, "head.hidden": 1}  # the branches of two blocks
+    assert scales["symmetric"] == pytest.approx({n: v**-0.5 for n, v in expected.items()})
+    assert scales["joint"] == pytest.approx({n: (2 * v) ** -0.5 for n, v in expected.items()})
 
 
 def test_joint_start_does_nothing():
@@ -204,7 +230,18 @@ def test_symmetric_start_begins_with_the_equivariant_pathways():
     assert enabled(network) == [{"conv": True, "factored_fc": False, "fc": False}] * 2
 
 
-@pytest.mark.parametrize("pathways", [("fc",), ("factored_fc", "fc"), ("conv",)])
+@pytest.mark.parametrize(
+    "pathways",
+    [
+        ("fc",),
+        ("factored_fc", "fc"),
+        ("conv",),
+        ("conv", "sparse_conv"),
+        ("sparse_fc", "fc"),
+        ("p4_conv",),
+    ],
+    ids="+".join,
+)
 def test_symmetric_start_needs_both_kinds(pathways):
     network = network_of(*pathways)
     prior = prior_of(network)
@@ -285,6 +322,138 @@ def test_release_leaves_fixed_precisions_alone():
     assert list(prior.precisions().values()) == pytest.approx([3.0] * len(prior.index))
 
 
+# Three degrees of symmetry, and a readout with two.
+GROUPS = ("p4_conv", "conv", "factored_fc")
+HELD = {"conv", "factored_fc", "free"}
+
+
+def group_network(**options):
+    return network_of(*GROUPS, shape=(1, 4, 4), width=1, **options)
+
+
+def held_tensors(network):
+    """Names of the tensors of what is less symmetric than something beside it."""
+    names = [name for name, _ in network.named_parameters()]
+    return [name for name in names if HELD & set(name.split("."))]
+
+
+def test_symmetric_start_begins_with_the_largest_group_and_the_pooled_readout():
+    network = group_network()
+    SymmetricStart().begin(network)
+    block = {"p4_conv": True, "conv": False, "factored_fc": False}
+    readout = {"pooled": True, "free": False}
+    on = {name: layer.enabled for name, layer in network.layers.items()}
+    assert on == {"blocks.0": block, "blocks.1": block, "head.hidden": readout}
+
+
+def test_all_pathways_of_the_largest_group_begin():
+    network = network_of("sparse_fc", "conv", "sparse_conv")
+    SymmetricStart().begin(network)
+    on = {"sparse_fc": False, "conv": True, "sparse_conv": True}
+    assert enabled(network) == [on] * 2
+    # Neither of two groups holds the other: the sum of the two has what they share.
+    network = network_of("p4_conv", "conv", "pm_conv", shape=(1, 4, 4), width=1)
+    SymmetricStart().begin(network)
+    assert enabled(network) == [{"p4_conv": True, "conv": False, "pm_conv": True}] * 2
+
+
+@pytest.mark.parametrize("architecture", ["auto", "resnet"])
+@pytest.mark.parametrize(
+    "pathways",
+    [GROUPS, ("sparse_conv", "conv", "sparse_fc"), ("pm_conv", "sparse_fc")],
+    ids="+".join,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_release_of_any_pathways_keeps_the_function(pathways, architecture, dtype):
+    options = {"shape": (1, 4, 4), "width": 1, "architecture": architecture}
+    network = network_of(*pathways, **options).to(dtype)
+    start, x = SymmetricStart(), images(shape=(1, 4, 4)).to(dtype)
+    start.begin(network)
+    symmetric = network(x)
+    assert not all(all(layer.enabled.values()) for layer in network.layers.values())
+    assert start.release(network, prior_of(network), learn=True) is True
+    assert all(all(layer.enabled.values()) for layer in network.layers.values())
+    assert torch.equal(network(x), symmetric)
+    network(x).logsumexp(1).sum().backward()
+    for layer in network.layers.values():
+        for path in (layer.pathways[name] for name in layer.less_symmetric):
+            first, *others = (path.get_parameter(name) for name in path.factor_names)
+            assert torch.count_nonzero(first) == 0
+            assert all(torch.count_nonzero(factor) for factor in others)
+            assert first.grad.isfinite().all()
+
+
+def test_released_readout_can_come_to_life():
+    network = group_network()
+    start, x = SymmetricStart(), images(shape=(1, 4, 4))
+    start.begin(network)
+    start.release(network, prior_of(network), learn=True)
+    network(x).logsumexp(1).sum().backward()
+    assert network.head.hidden.free.weight.grad.abs().max() > 1e-6
+    assert network.blocks[0].conv.weight.grad.abs().max() > 1e-6
+
+
+def test_release_sets_the_scale_of_every_held_tensor():
+    network = group_network()
+    prior, start = prior_of(network, 3.0), SymmetricStart()
+    start.begin(network)
+    start.release(network, prior, learn=True)
+    changed = [n for n, v in prior.precisions().items() if v != pytest.approx(3.0)]
+    assert changed == [name for name in held_tensors(network) if name.endswith("weight")]
+    v = "blocks.0.factored_fc.V.weight"  # not silenced: the very weights that were drawn
+    square = network.get_parameter(v).square().mean().item()
+    assert prior.precisions()[v] == pytest.approx(1 / square)
+    draws = 2 / network.head.hidden.free.weight.shape[-1]  # FC: a variance of 2/fan_in
+    assert prior.precisions()["head.hidden.free.weight"] == pytest.approx(1 / draws, rel=0.3)
+
+
+@pytest.mark.parametrize("architecture", ["auto", "resnet"])
+def test_restart_begins_anew_with_everything(architecture):
+    network = group_network(architecture=architecture)
+    prior, start = prior_of(network, 3.0), SymmetricStart()
+    start.begin(network)
+    for name in prior.index:
+        prior.set_precision(name, 1e5)
+    with torch.no_grad():  # what the prior has taken to zero
+        for w in network.parameters():
+            w.zero_()
+    state = torch.get_rng_state()
+    held = {name: layer.less_symmetric for name, layer in network.layers.items()}
+    scales = {name: layer.scale for name, layer in network.layers.items()}
+    assert restart_jointly(network, prior, torch.Generator().manual_seed(1)) is True
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(all(layer.enabled.values()) for layer in network.layers.values())
+    for name, layer in network.layers.items():  # of independent parts, no longer of some alone
+        n_paths, n_alone = len(layer.enabled), len(layer.enabled) - len(held[name])
+        assert layer.scale == pytest.approx(scales[name] * (n_alone / n_paths) ** 0.5)
+    assert list(prior.precisions().values()) == pytest.approx([3.0] * len(prior.index))
+    for name, w in network.named_parameters():
+        assert (torch.count_nonzero(w) == 0) == name.endswith("bias")
+    twin = group_network(architecture=architecture)
+    restart_jointly(twin, prior_of(twin), torch.Generator().manual_seed(1))
+    assert all(torch.equal(w, twin.get_parameter(name)) for name, w in network.named_parameters())
+
+
+@pytest.mark.parametrize("pathways", [("conv",), ("fc", "factored_fc")], ids="+".join)
+def test_restart_of_what_holds_nothing_back(pathways):
+    network = network_of(*pathways)
+    prior, state = prior_of(network, 3.0), copy.deepcopy(dict(network.named_parameters()))
+    assert restart_jointly(network, prior) is False
+    assert all(torch.equal(w, state[name]) for name, w in network.named_parameters())
+
+
+def test_charges_of_what_is_held_back_and_free():
+    network = group_network()
+    found = SymmetricStart(charge=3.0).charges(network)
+    # Not conv: beside p4_conv it is held back, but a convolution, too.
+    free = [name for name in held_tensors(network) if ".conv." not in name]
+    assert found == dict.fromkeys(free, 3.0)
+    assert len(found) == 2 * 4 + 2  # the factors of two blocks, the readout
+    network = network_of("conv", "sparse_conv", "sparse_fc")
+    found = SymmetricStart().charges(network)
+    assert set(found) == {n for n, _ in network.named_parameters() if "sparse_fc" in n}
+
+
 # ── removal
 
 
@@ -360,6 +529,33 @@ def test_prune_counts_each_pathway_by_itself():
     assert [on["fc"] for on in enabled(network)] == [True, False]
 
 
+def test_prune_of_three_degrees_of_symmetry():
+    network = group_network()
+    start = SymmetricStart(patience=2)
+    nothing = dimensions(network, default=0.0)
+    start.prune(network, {**nothing, "head.hidden.free.weight": 9.0})
+    start.prune(network, {**nothing, "blocks.1.conv.bias": 9.0})
+    on = {name: layer.enabled for name, layer in network.layers.items()}
+    assert on == {
+        "blocks.0": {"p4_conv": True, "conv": False, "factored_fc": False},
+        "blocks.1": {"p4_conv": True, "conv": True, "factored_fc": False},
+        "head.hidden": {"pooled": True, "free": True},  # low once only
+    }
+    left = {n: v for n, v in nothing.items() if network.get_parameter(n).any()}
+    start.prune(network, left)  # the evidence no longer knows what was removed
+    start.prune(network, left)
+    assert network.blocks[1].enabled == {"p4_conv": True, "conv": False, "factored_fc": False}
+    assert network.head.hidden.enabled == {"pooled": True, "free": False}
+    assert all(
+        layer.removed(name)
+        for layer in network.layers.values()
+        for name in HELD
+        if name in layer.enabled
+    )
+    kept = {n: w for n, w in network.named_parameters() if n not in held_tensors(network)}
+    assert all(torch.count_nonzero(w) for w in kept.values())
+
+
 # ── the gauge
 
 
@@ -374,45 +570,41 @@ def objective(network, prior, x, targets):
     )
 
 
-def drifts(network, prior):
+def drifts(network, prior, kind="factored_fc"):
     """log δ_U − log δ_V from its value at a random start, of each block."""
     precisions, found = prior.precisions(), []
     for i, block in enumerate(network.blocks):
-        u, v = (precisions[f"blocks.{i}.factored_fc.{f}.weight"] for f in "UV")
-        path = block.factored_fc
+        u, v = (precisions[f"blocks.{i}.{kind}.{f}.weight"] for f in "UV")
+        path = block.pathways[kind]
         found.append(math.log(u / v * path.V.weight.shape[-1] / path.U.weight.shape[-1]))
     return found
 
 
-def drift_apart(network, prior, by):
+def drift_apart(network, prior, by, kind="factored_fc"):
     """Set log δ_U − log δ_V so that its drift is ``by``, with log(δ_U δ_V) kept."""
-    for i, drift in enumerate(drifts(network, prior)):
+    for i, drift in enumerate(drifts(network, prior, kind)):
         for factor, sign in (("U", 0.5), ("V", -0.5)):
-            name = f"blocks.{i}.factored_fc.{factor}.weight"
+            name = f"blocks.{i}.{kind}.{factor}.weight"
             value = prior.precisions()[name] * math.exp(sign * (by - drift))
             prior.set_precision(name, value)
 
 
-MOVED = [
-    f"blocks.{i}.factored_fc.{tensor}"
-    for i in (0, 1)
-    for tensor in ("U.weight", "U.bias", "V.weight")
-]
-
-
+@pytest.mark.parametrize("kind", ["factored_fc", "sparse_fc"])
 @pytest.mark.parametrize("by", [-9.0, 7.0])
-def test_fix_gauge_bounds_the_drift_and_changes_nothing_else(by):
-    network = network_of(*ALL)
+def test_fix_gauge_bounds_the_drift_and_changes_nothing_else(by, kind):
+    network = network_of("conv", kind, "fc")
     prior, x, targets = prior_of(network, 2.0), images(), torch.arange(6) % 3
-    drift_apart(network, prior, by)
+    drift_apart(network, prior, by, kind)
     outputs, weights = network(x), copy.deepcopy(dict(network.named_parameters()))
     precisions, squares = prior.precisions(), squared_norms(dict(network.named_parameters()))
     log_precision = prior.log_precision.clone()
     before = objective(network, prior, x, targets)
+    tensors = ("U.weight", "U.bias", "V.weight")
+    gauged = [f"blocks.{i}.{kind}.{tensor}" for i in (0, 1) for tensor in tensors]
 
     fix_gauge(network, prior)
 
-    assert drifts(network, prior) == pytest.approx([math.copysign(GAUGE_LIMIT, by)] * 2)
+    assert drifts(network, prior, kind) == pytest.approx([math.copysign(GAUGE_LIMIT, by)] * 2)
     torch.testing.assert_close(network(x), outputs, rtol=1e-10, atol=1e-10)
     after = objective(network, prior, x, targets)
     moved = prior.precisions()
@@ -420,7 +612,7 @@ def test_fix_gauge_bounds_the_drift_and_changes_nothing_else(by):
     gamma = before.effective_dimensions(log_precision)
     new_gamma = after.effective_dimensions(prior.log_precision)
     for name in prior.index:
-        if name in MOVED:
+        if name in gauged:
             assert moved[name] != pytest.approx(precisions[name])
         else:
             assert moved[name] == precisions[name]
@@ -434,7 +626,7 @@ def test_fix_gauge_bounds_the_drift_and_changes_nothing_else(by):
         ]
         assert log_dets[1] == pytest.approx(log_dets[0], rel=1e-6)
     for i in (0, 1):
-        u, v = (f"blocks.{i}.factored_fc.{factor}.weight" for factor in "UV")
+        u, v = (f"blocks.{i}.{kind}.{factor}.weight" for factor in "UV")
         assert moved[u] * moved[v] == pytest.approx(precisions[u] * precisions[v])
     value = before.evidence(log_precision)
     assert list(after.evidence(prior.log_precision)) == pytest.approx(list(value), rel=1e-7)

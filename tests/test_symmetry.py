@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from cases import randomise
-from references import roll_to_largest_grid
+from references import inverse, move, pixels, roll_to_largest_grid, times
 
-from sklearn_softeq.groups import GROUPS
+from sklearn_softeq.groups import GROUPS, P1, P4, P4M, PM
+from sklearn_softeq.layers import FactoredFC, GroupConv, PathwaySum
 from sklearn_softeq.networks import build_network
 from sklearn_softeq.symmetry import (
     enabled_table,
@@ -25,9 +26,9 @@ GROUP = GROUPS["translation"]
 ALL = ("conv", "factored_fc", "fc")
 
 
-def network_of(*pathways, shape=(1, 8, 8), width=2):
-    network = build_network(shape, 3, pathways=pathways, width=width, dtype=torch.float64)
-    return randomise(network)
+def network_of(*pathways, shape=(1, 8, 8), width=2, **options):
+    options = {"pathways": pathways, "width": width, "dtype": torch.float64, **options}
+    return randomise(build_network(shape, 3, **options))
 
 
 def images(n=5, shape=(1, 8, 8)):
@@ -92,6 +93,68 @@ def test_precision_of_what_is_off():
     expected = [[2.0, 2.0, np.nan], [2.0, np.inf, 2.0]]
     np.testing.assert_allclose(precision_table(network, precisions), expected)
     assert enabled_table(network).tolist() == [[True, True, False], [True, False, True]]
+
+
+# A block of three degrees of symmetry, and a readout with pathways of its own.
+GROUP_PATHWAYS = ("p4_conv", "conv", "factored_fc")
+
+
+def group_network(**options):
+    return network_of(*GROUP_PATHWAYS, shape=(1, 4, 4), width=1, **options)
+
+
+def test_tables_of_a_network_whose_layers_differ():
+    network = group_network()
+    assert layer_names(network) == ["blocks.0", "blocks.1", "head.hidden"]
+    assert pathway_names(network) == [*GROUP_PATHWAYS, "pooled", "free"]
+    enabled = np.array([[True] * 3 + [False] * 2] * 2 + [[False] * 3 + [True] * 2])
+    assert enabled_table(network).dtype == bool
+    assert enabled_table(network).tolist() == enabled.tolist()
+    sizes = {name: w.numel() for name, w in network.named_parameters()}
+    table = sum_table(network, sizes)
+    for i, layer in enumerate((*network.blocks, network.head.hidden)):
+        for j, name in enumerate(pathway_names(network)):
+            pathway = layer.pathways.get(name)
+            expected = sum(w.numel() for w in pathway.parameters()) if pathway else 0
+            assert table[i, j] == expected
+    assert (table > 0).tolist() == enabled.tolist()
+    for values in (table, np.zeros((3, 5))):
+        found = shares(values, enabled_table(network))
+        np.testing.assert_allclose(found.sum(1), 1, rtol=1e-12)
+        assert (found > 0).tolist() == enabled.tolist()
+    precisions = dict.fromkeys(sizes, 4.0)
+    found = precision_table(network, precisions)
+    np.testing.assert_allclose(found, np.where(enabled, 4.0, np.nan))
+
+
+def test_tables_of_what_is_off_in_a_network_whose_layers_differ():
+    network = group_network()
+    network.blocks[0].enabled["conv"] = False  # held back
+    network.blocks[1].remove("factored_fc")
+    network.head.hidden.remove("free")
+    precisions = dict.fromkeys((name for name, _ in network.named_parameters()), 2.0)
+    nan, inf = np.nan, np.inf
+    np.testing.assert_allclose(
+        precision_table(network, precisions),
+        [[2, nan, 2, nan, nan], [2, 2, inf, nan, nan], [nan, nan, nan, 2, inf]],
+    )
+    on = enabled_table(network)
+    assert on.sum(1).tolist() == [2, 2, 1]
+    np.testing.assert_allclose(shares(np.zeros((3, 5)), on), on / on.sum(1, keepdims=True))
+
+
+def test_names_of_a_residual_network():
+    network = network_of("conv", "fc", shape=(1, 4, 4), architecture="resnet")
+    expected = [f"blocks.{i}.{part}" for i in (0, 1) for part in ("first", "second")]
+    assert layer_names(network) == expected
+    assert pathway_names(network) == ["conv", "fc"]
+    assert sum_table(network, {"blocks.1.second.fc.bias": 3.0}).tolist() == [[0, 0]] * 3 + [[0, 3]]
+
+
+def test_a_strict_group_network_has_no_readout_among_its_layers():
+    network = network_of("p4_conv", shape=(1, 4, 4), width=1)
+    assert layer_names(network) == ["blocks.0", "blocks.1"]
+    assert pathway_names(network) == ["p4_conv"]
 
 
 def test_shares_sum_to_1_and_an_empty_row_is_shared_by_what_is_on():
@@ -159,6 +222,36 @@ def test_output_shares_see_the_layers_own_inputs():
     np.testing.assert_allclose(output_shares(network, parts), expected, rtol=1e-10)
 
 
+def seen_by_layers(network, x):
+    """The input of each sum of pathways, by hooks of our own."""
+    seen, handles = {}, []
+    for name, module in network.named_modules():
+        if isinstance(module, PathwaySum):
+            hook = lambda _, args, name=name: seen.update({name: args[0].detach()})  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook))
+    network(x)
+    for handle in handles:
+        handle.remove()
+    return [(network.get_submodule(name), features) for name, features in seen.items()]
+
+
+@pytest.mark.parametrize("architecture", ["auto", "resnet"])
+def test_output_shares_where_layers_differ(architecture):
+    network, x = group_network(architecture=architecture), images(3, (1, 4, 4))
+    energy = np.zeros((len(layer_names(network)), 5))
+    for i, (layer, features) in enumerate(seen_by_layers(network, x)):
+        for name in layer.enabled:
+            rows = [
+                row if name in ("factored_fc", "free") else roll_to_largest_grid(row, layer.stride)
+                for row in features
+            ]
+            outputs = layer.get_submodule(name)(torch.stack(rows))
+            energy[i, pathway_names(network).index(name)] = outputs.square().sum().item()
+    found = output_shares(network, [batch(x)])
+    np.testing.assert_allclose(found, energy / energy.sum(1, keepdims=True), rtol=1e-10)
+    assert (found > 0).tolist() == enabled_table(network).tolist()
+
+
 def test_a_weight_is_a_number_of_repetitions():
     network = network_of(*ALL)
     x = images(4) * torch.tensor([0.1, 1.0, 3.0, 9.0], dtype=torch.float64)[:, None, None, None]
@@ -184,10 +277,10 @@ def test_output_shares_in_float32_with_gradients_on():
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 4, 8), (1, 6, 7), (1, 1, 8)])
 def test_convolutions_are_equivariant(shape):
     network, x = network_of("conv", shape=shape), images(4, shape)
-    layers, logits = equivariance_errors(network, [x], GROUP)
-    assert layers.shape == (len(network.blocks),)
-    assert layers.max() < 1e-10
-    assert logits < 1e-10
+    found = equivariance_errors(network, [x], GROUP)
+    assert found.layers.shape == found.free.shape == (len(network.blocks),)
+    assert found.layers.max() < 1e-10
+    assert found.logits < 1e-10
 
 
 def test_and_not_because_the_outputs_are_empty():
@@ -210,17 +303,17 @@ def test_free_pathways_are_not_equivariant(free):
         for name, parameter in network.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
-    layers, logits = equivariance_errors(network, [x], GROUP)
-    assert (layers[:-1] > 0.3).all()
-    assert (layers < 2).all()
-    assert 0.02 < logits < 2
+    found = equivariance_errors(network, [x], GROUP)
+    assert (found.layers[:-1] > 0.3).all()
+    assert (found.layers < 2).all()
+    assert 0.02 < found.logits < 2
 
 
 def test_a_free_pathway_switched_off_leaves_no_error():
     network, x = network_of("conv", "fc"), images(4)
-    before, _ = equivariance_errors(network, [x], GROUP)
+    before = equivariance_errors(network, [x], GROUP).layers
     network.blocks[0].enabled["fc"] = False
-    after, _ = equivariance_errors(network, [x], GROUP)
+    after = equivariance_errors(network, [x], GROUP).layers
     assert before[0] > 0.1
     assert after[0] < 1e-10
     assert after[1] > 0.1  # each layer is measured by itself
@@ -252,7 +345,7 @@ def test_errors_are_those_of_the_definition_in_any_batches():
         slow_error(block, features) if max(features.shape[2:]) > 1 else 0.0
         for block, features in zip(network.blocks, blockwise(network, x), strict=True)
     ]
-    layers, logits = equivariance_errors(network, [x], GROUP)
+    layers, free, logits = equivariance_errors(network, [x], GROUP)
     np.testing.assert_allclose(layers, expected, rtol=1e-10)
     f, canvas = network(x), network.pad(x)
     ratios = [
@@ -261,8 +354,9 @@ def test_errors_are_those_of_the_definition_in_any_batches():
     ]
     assert logits == pytest.approx(np.mean(ratios), rel=1e-10)
     in_parts = equivariance_errors(network, [x[:1], x[1:4], x[4:]], GROUP)
-    np.testing.assert_allclose(in_parts[0], layers, rtol=1e-10)
-    assert in_parts[1] == pytest.approx(logits, rel=1e-10)
+    np.testing.assert_allclose(in_parts.layers, layers, rtol=1e-10)
+    np.testing.assert_allclose(in_parts.free, free, rtol=1e-10)
+    assert in_parts.logits == pytest.approx(logits, rel=1e-10)
 
 
 def test_a_strided_layer_may_answer_with_either_neighbour():
@@ -281,8 +375,8 @@ def test_a_strided_layer_may_answer_with_either_neighbour():
 
 def test_a_grid_of_one_pixel_has_no_shift():
     network = network_of("conv", "fc", shape=(3, 1, 1))
-    layers, logits = equivariance_errors(network, [images(3, (3, 1, 1))], GROUP)
-    assert layers.tolist() == [0.0]
+    layers, free, logits = equivariance_errors(network, [images(3, (3, 1, 1))], GROUP)
+    assert layers.tolist() == free.tolist() == [0.0]
     assert logits == 0.0
 
 
@@ -291,6 +385,176 @@ def test_a_layer_that_is_zero_has_no_error():
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.zero_()
-    layers, logits = equivariance_errors(network, [images(2)], GROUP)
-    assert layers.tolist() == [0.0] * 4
-    assert logits == 0.0
+    found = equivariance_errors(network, [images(2)], GROUP)
+    assert found.layers.tolist() == [0.0] * 4
+    assert found.logits == 0.0
+
+
+# ── errors in turns and reflections
+
+
+def slow_act(features, element, group, axis):
+    """(r f)[c, g, x] = f[c, r⁻¹ g, r⁻¹ x], x from the centre, pixel by pixel."""
+    back, centre = inverse(group, element), [(side - 1) / 2 for side in features.shape[2:]]
+    moved = torch.empty_like(features)
+    for channel in range(features.shape[1]):
+        first = channel - channel % axis.order
+        source = channel
+        if element in axis.matrices:
+            g = axis.matrices[channel - first]
+            source = first + axis.matrices.index(times(back, g))
+        for y, x in pixels(features.shape[2:]):
+            i, j = move(back, (y - centre[0], x - centre[1]))
+            place = round(i + centre[0]), round(j + centre[1])
+            moved[:, channel, y, x] = features[:, source, *place]
+    return moved
+
+
+def slow_error_of(layer, features, group, in_axis, out_axis):
+    """Mean over the elements that keep the grid of ‖f(gh) − g f(h)‖ / ‖f(h)‖."""
+    outputs, ratios = layer(features), []
+    square = features.shape[2] == features.shape[3]
+    for element in group.matrices[1:]:
+        if square or element[0][0]:  # rows stay rows
+            moved = layer(slow_act(features, element, group, in_axis))
+            expected = slow_act(outputs, element, group, out_axis)
+            ratios.append(((moved - expected).norm() / outputs.norm()).item())
+    return np.mean(ratios) if ratios else 0.0
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 5, 7)], ids=str)
+@pytest.mark.parametrize(
+    ("pathway", "groups"),
+    [
+        ("p4_conv", ("translation", "p4")),
+        ("p4m_conv", ("translation", "p4", "p4m", "pm")),
+        ("pm_conv", ("translation", "pm")),
+    ],
+)
+def test_group_convolutions_are_equivariant(pathway, groups, shape):
+    network, x = network_of(pathway, shape=shape, width=1), images(4, shape)
+    assert all(features.std() > 1e-3 for _, features in seen_by_layers(network, x))
+    for name, group in GROUPS.items():
+        found = equivariance_errors(network, [x], group)
+        assert found.layers.shape == found.free.shape == (4,)
+        if name in groups:
+            assert found.layers.max() < 1e-10
+            assert found.logits < 1e-10
+        else:  # the other cases are not passed by all that is not zero
+            assert found.layers.max() > 0.1
+            assert found.logits > 1e-3
+        assert found.free[:-1].min() > 0.3
+
+
+@pytest.mark.parametrize("architecture", ["auto", "resnet"])
+@pytest.mark.parametrize("name", ["p4", "p4m", "pm"])
+def test_errors_of_turns_are_those_of_the_definition(name, architecture):
+    pathways = ("p4m_conv", "p4_conv", "factored_fc")
+    network = network_of(*pathways, shape=(1, 4, 4), width=1, architecture=architecture)
+    x, group = images(4, (1, 4, 4)), GROUPS[name]
+    seen = seen_by_layers(network, x)  # the first layer lifts an image, the readout has no axis
+    axes = [(P1, P4M), *[(P4M, P4M)] * (len(seen) - 2), (P4M, P1)]
+    expected = [
+        slow_error_of(layer, features, group, *around)
+        for (layer, features), around in zip(seen, axes, strict=True)
+    ]
+    found = equivariance_errors(network, [x], group)
+    np.testing.assert_allclose(found.layers, expected, rtol=1e-10)
+    assert (found.layers[:-2] > 1e-2).all()
+    f, ratios = network(x), []
+    for element in group.matrices[1:]:
+        turned = network(slow_act(x, element, group, P1))
+        ratios.append(((turned - f).norm() / f.norm()).item())
+    assert found.logits == pytest.approx(np.mean(ratios), rel=1e-10)
+    in_parts = equivariance_errors(network, [x[:1], x[1:]], group)
+    np.testing.assert_allclose(in_parts.layers, found.layers, rtol=1e-10)
+    assert in_parts.logits == pytest.approx(found.logits, rel=1e-10)
+
+
+@pytest.mark.parametrize("group", [P4, P4M, PM], ids=lambda group: group.name)
+def test_orientations_turn_with_the_pixels(group):
+    # Without the permutation of orientations a strict layer would not pass for one.
+    layer = GroupConv(2 * group.order, group.order, (4, 4), (2, 2), group=group).double()
+    layer.reset()
+    block = PathwaySum({"conv": layer}, (2, 2), 1.0, group, group)
+    features = images(3, (2 * group.order, 4, 4))
+    assert slow_error_of(block, features, group, group, group) < 1e-12
+    assert slow_error_of(block, features, group, P1, P1) > 0.3
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8), (1, 2, 4), (1, 1, 4)], ids=str)
+@pytest.mark.parametrize("name", ["p4", "p4m", "pm"])
+def test_only_what_keeps_the_shape_of_a_grid_is_measured(name, shape):
+    network, x, group = network_of("conv", "fc", shape=shape), images(3, shape), GROUPS[name]
+    expected = [
+        slow_error_of(layer, features, group, P1, P1)
+        for layer, features in seen_by_layers(network, x)
+    ]
+    found = equivariance_errors(network, [x], group)
+    np.testing.assert_allclose(found.layers, expected, rtol=1e-10)
+    assert found.layers[0] > 0.1
+    f, ratios = network(x), []
+    for element in group.matrices[1:]:
+        if element[0][0]:
+            turned = network(slow_act(x, element, group, P1))
+            ratios.append(((turned - f).norm() / f.norm()).item())
+    assert found.logits == pytest.approx(np.mean(ratios), rel=1e-10)
+
+
+def test_a_readout_is_measured_by_its_own_pathways():
+    network, x = group_network(), images(4, (1, 4, 4))
+    both = equivariance_errors(network, [x], GROUPS["p4"]).layers[-1]
+    network.head.hidden.enabled["free"] = False
+    pooled = equivariance_errors(network, [x], GROUPS["p4"]).layers[-1]
+    assert pooled < 1e-12
+    assert both > 1e-2
+
+
+# ── the scale at which no symmetry is left
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 4, 8)], ids=str)
+def test_free_errors_are_those_of_an_untrained_factored_layer(name, shape):
+    network, x, group = network_of("conv", "fc", shape=shape), images(4, shape), GROUPS[name]
+    expected = []
+    for block, features in seen_by_layers(network, x):
+        outputs = block(features)
+        layer = FactoredFC(features.shape[1], outputs.shape[1], features.shape[2:], block.stride)
+        layer.double().reset(torch.Generator().manual_seed(0))
+        layer.stride = block.stride
+        if name != "translation":
+            expected.append(slow_error_of(layer, features, group, P1, P1))
+        else:
+            moves = max(features.shape[2:]) > 1
+            expected.append(slow_error(layer, features) if moves else 0.0)
+    found = equivariance_errors(network, [x], group).free
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    assert (found[:-1] > 0.5).all()
+    assert (found < 2).all()
+    # Whatever has been learned, and on however many rows it is measured: a fixed scale.
+    with torch.no_grad():
+        for block in network.blocks[1:]:
+            for parameter in block.parameters():
+                parameter.normal_()
+    assert equivariance_errors(network, [x], group).free[0] == pytest.approx(found[0])
+
+
+def test_free_error_of_a_layer_with_orientations():
+    network, x = network_of("p4_conv", shape=(1, 4, 4), width=1), images(4, (1, 4, 4))
+    (_, _), (block, features) = seen_by_layers(network, x)
+    layer = FactoredFC(features.shape[1], block(features).shape[1], (2, 2), (2, 2)).double()
+    layer.reset(torch.Generator().manual_seed(0))
+    expected = slow_error_of(layer, features, P4, P4, P4)
+    assert equivariance_errors(network, [x], P4).free[1] == pytest.approx(expected, rel=1e-10)
+
+
+def test_measuring_leaves_no_trace():
+    network, x = network_of(*ALL).float(), images().float()
+    state = torch.get_rng_state()
+    before = {name: w.clone() for name, w in network.named_parameters()}
+    found = equivariance_errors(network, [x], GROUP)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(w, before[name]) for name, w in network.named_parameters())
+    assert not any(m._forward_pre_hooks for m in network.modules())
+    assert found.layers.dtype == found.free.dtype == np.float64

@@ -13,11 +13,17 @@ from skorch.callbacks import Callback
 from torch import nn
 
 from sklearn_softeq import training
+from sklearn_softeq.anchors import Interpolation
 from sklearn_softeq.layers import FC
 from sklearn_softeq.likelihoods import Categorical
-from sklearn_softeq.marginal_likelihood import AdamSolver, FixedPointSolver, LaplaceEvidence
+from sklearn_softeq.marginal_likelihood import (
+    AdamSolver,
+    FixedPointSolver,
+    LaplaceEvidence,
+    LengthscaleSolver,
+)
 from sklearn_softeq.networks import build_network
-from sklearn_softeq.schedules import STARTS, LearningRate, Plateau
+from sklearn_softeq.schedules import STARTS, JointStart, LearningRate, Plateau
 from sklearn_softeq.training import (
     EXACT_COLUMNS,
     OPTIMIZERS,
@@ -32,6 +38,15 @@ from sklearn_softeq.training import (
 
 K = 3
 ALL = ("conv", "factored_fc", "fc")
+
+
+LEARNT = training.LEARNT
+
+
+@pytest.fixture(autouse=True)
+def _no_restart(monkeypatch):
+    """Nothing is learnt in a few epochs on noise; what follows from that has tests of its own."""
+    monkeypatch.setattr(training, "LEARNT", -np.inf)
 
 
 def data_of(n=12, shape=(1, 4, 4), dtype=torch.float64, n_observations=None, weighted=True):
@@ -53,6 +68,7 @@ def net_of(
     every=2,
     n_sketches=0,
     evidence_seed=0,
+    lengthscales=None,
     schedule="constant",
     lr=0.01,
     optimizer="adam",
@@ -71,7 +87,9 @@ def net_of(
     """A net ready to train, put together as the estimator does."""
     if evidence is None:
         solver = solver or FixedPointSolver()
-        evidence = EvidenceStep(solver, steps, burn_in, every, n_sketches, evidence_seed)
+        evidence = EvidenceStep(
+            solver, steps, burn_in, every, n_sketches, evidence_seed, lengthscales
+        )
     start = STARTS[start]() if isinstance(start, str) else start
     rate = LearningRate(schedule, lr, max_epochs)
     course = Course(evidence, start, rate, Plateau(0.0, patience), keep_best, holding, endless)
@@ -541,12 +559,210 @@ def test_new_precisions_count_from_the_next_step_on():
 @pytest.mark.parametrize("solver", [FixedPointSolver, AdamSolver])
 def test_learning_the_prior_does_not_change_the_batches(solver):
     data, orders = data_of(), []
-    for settings in ({"steps": 0}, {"steps": 3, "solver": solver(), "n_sketches": 1}):
-        record = Record()
-        net = net_of(**settings, burn_in=1, every=1, batch_size=5, callbacks=[("r", record)])
+    learning = {"steps": 3, "solver": solver(), "n_sketches": 1}
+    learning["lengthscales"] = LengthscaleSolver()
+    for settings in ({"steps": 0}, learning):
+        record, pathways = Record(), ("conv", "sparse_fc")
+        net = net_of(
+            **settings,
+            pathways=pathways,
+            burn_in=1,
+            every=1,
+            batch_size=5,
+            callbacks=[("r", record)],
+        )
         net.partial_fit(data)
         orders.append(torch.cat(record.inputs))
     assert torch.equal(*orders)
+
+
+# ── lengthscales
+
+SPARSE = ("sparse_conv", "sparse_fc")
+
+
+def log_omegas(net):
+    return {name: psi.log_omega.item() for name, psi in net.module_.interpolations.items()}
+
+
+class Lengthscales(Callback):
+    """log ω of every map at the beginning and at the end of each epoch, in turns."""
+
+    def __init__(self):
+        self.begin, self.end = [], []
+
+    def on_epoch_begin(self, net, **kwargs):
+        self.begin.append(log_omegas(net))
+
+    def on_epoch_end(self, net, **kwargs):
+        self.end.append(log_omegas(net))
+
+
+def learned(data=None, callbacks=(), **options):
+    """A fit that learns lengthscales, and a record of them."""
+    record = Lengthscales()
+    options = {"pathways": SPARSE, "lengthscales": LengthscaleSolver(), **options}
+    net = net_of(callbacks=[*callbacks, ("lengthscales", record)], **options)
+    return net.partial_fit(data_of() if data is None else data), record
+
+
+def changes(record):
+    """Epochs at whose beginning an ω moved; at no other time does one move."""
+    for begin, end in zip(record.begin, record.end, strict=True):
+        assert begin == end
+    before = [dict.fromkeys(record.begin[0], 0.0), *record.end[:-1]]
+    return [
+        i
+        for i, pair in enumerate(zip(before, record.begin, strict=True), 1)
+        if len({*map(str, pair)}) > 1
+    ]
+
+
+def assert_interpolations_fit_their_lengthscales(net):
+    for psi in net.module_.interpolations.values():
+        fresh = Interpolation(psi.grid, psi.n_anchors / psi.matrix.shape[1]).double()
+        fresh.set_log_omega(psi.log_omega.item())
+        torch.testing.assert_close(psi.matrix, fresh.matrix, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"lengthscales": None}, []),
+        ({"steps": 0}, []),  # the prior is fixed, and so is this part of it
+        ({"burn_in": 2, "every": 3}, [3, 6]),
+        ({"burn_in": 1, "every": 1}, [*range(2, 9)]),
+        ({"burn_in": 8, "every": 1}, []),  # no epoch is left
+        ({"burn_in": 2, "every": 3, "schedule": "cosine"}, [3, 6]),
+    ],
+    ids=str,
+)
+def test_lengthscales_step_at_the_beginning_of_the_next_epoch(options, expected):
+    net, record = learned(**{"max_epochs": 8, "keep_best": False, **options})
+    assert changes(record) == expected
+    assert log_omegas(net) == record.end[-1]
+    assert_interpolations_fit_their_lengthscales(net)
+
+
+def test_a_step_follows_the_evidence_of_the_epoch_before():
+    data, expected = data_of(), []
+    twin = LengthscaleSolver()
+
+    class Predict(Callback):  # after the evidence: at the precisions that it has found
+        def on_epoch_end(self, net, **kwargs):
+            evidence = net.callbacks_[0][1]
+            if not evidence.due(len(net.history)) or net.course.rate.cooling:
+                return
+            objective = evidence.evaluate(net)
+            gradient = objective.lengthscale_gradient(net.prior_.log_precision)
+            assert list(gradient) == list(net.module_.interpolations)
+            expected.append(twin.step(log_omegas(net), gradient))
+
+    settings = {"burn_in": 2, "every": 2, "max_epochs": 8, "precision": 5.0}
+    _, record = learned(data, callbacks=[("predict", Predict())], **settings)
+    assert len(expected) == 3
+    for epoch, predicted in zip((3, 5, 7), expected, strict=True):
+        assert record.begin[epoch - 1] == pytest.approx(predicted, rel=1e-9, abs=1e-12)
+        moved = [name for name, value in predicted.items() if abs(value) > 1e-3]
+        assert len(moved) == len(predicted) - 1  # the output of the last block is one pixel
+
+
+def test_weights_that_are_averaged_share_their_lengthscales():
+    net, record = learned(burn_in=2, every=1, schedule="cooldown", max_epochs=16, keep_best=False)
+    assert len(net.history) == 16
+    first = net.course.rate.cooldown_from + 1
+    assert first == 13
+    assert changes(record)[:3] == [3, 4, 5]
+    assert all(omegas == record.end[first - 1] for omegas in record.end[first:])
+    assert log_omegas(net) == record.end[-1]
+
+
+def test_the_best_state_has_its_lengthscales():
+    data, record = data_of(), Record()
+
+    class Spoil(Callback):
+        def on_epoch_begin(self, net, **kwargs):
+            if len(net.history) > 5:
+                with torch.no_grad():
+                    net.module_.head.output.weight.mul_(-30)
+
+    callbacks = [("record", record), ("spoil", Spoil())]
+    net, omegas = learned(data, callbacks=callbacks, burn_in=1, every=1, max_epochs=8)
+    figures = net.history[:, "log_marginal_likelihood"]
+    best = int(np.argmax(figures))
+    assert best < 6
+    assert_weights(net, record.weights[best])
+    assert log_omegas(net) == omegas.end[best] != omegas.end[-1]
+    assert_interpolations_fit_their_lengthscales(net)
+    value = net.laplace_.evidence(net.prior_.log_precision).value
+    assert value == pytest.approx(figures[best], rel=1e-6)
+
+
+def test_what_is_off_has_no_slope_and_keeps_its_lengthscale():
+    removed = {}
+
+    class Remove(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            if len(net.history) == 6:
+                net.module_.blocks[0].remove("sparse_fc")
+                removed.update(log_omegas(net))
+
+    start = STARTS["symmetric"](threshold=0.0)  # which removes nothing by itself
+    options = {"start": start, "burn_in": 3, "every": 1, "max_epochs": 12}
+    net, record = learned(callbacks=[("remove", Remove())], keep_best=False, **options)
+    held = {name for name in log_omegas(net) if "sparse_fc" in name}
+    for epoch in (1, 2, 3, 4):  # released at the end of epoch 3, first seen in epoch 4
+        assert all(record.end[epoch - 1][name] == 0 for name in held)
+    for name in ("blocks.0.sparse_fc.U", "blocks.0.sparse_fc.V"):
+        assert removed[name] != 0
+        assert len({omegas[name] for omegas in record.end[7:]}) == 1
+        # It was still there at the evidence before its end, and takes that step at most.
+        assert abs(record.end[-1][name] - removed[name]) < 0.11
+    assert len({omegas["blocks.1.sparse_fc.U"] for omegas in record.end[5:]}) == 7
+
+
+def test_endless_training_learns_lengthscales_from_call_to_call():
+    data, seen = data_of(), []
+    net = net_of(
+        pathways=SPARSE, lengthscales=LengthscaleSolver(), endless=True, burn_in=2, every=2
+    )
+    for _ in range(6):
+        net.partial_fit(data)
+        seen.append(str(log_omegas(net)))
+    assert [a != b for a, b in itertools.pairwise(seen)] == [False, True, False, True, False]
+
+
+def test_another_net_takes_the_lengthscales_over():
+    first, record = learned(burn_in=1, every=1, keep_best=False)
+    second = net_of(pathways=SPARSE, seed=1)
+    second.take_over(first)
+    assert log_omegas(second) == log_omegas(first) == record.end[-1]
+    assert_interpolations_fit_their_lengthscales(second)
+    x = torch.randn(4, 1, 4, 4, dtype=torch.float64)
+    assert torch.equal(second.module_(x), first.module_(x))
+    first.module_.interpolations["blocks.0.sparse_conv"].set_log_omega(-0.9)
+    assert log_omegas(second) != log_omegas(first)
+
+
+def test_slopes_do_not_know_of_the_gauge():
+    data = data_of()
+    evidence = EvidenceStep(FixedPointSolver(), 1, 1, 1, 0, 0, LengthscaleSolver())
+    net = net_of(pathways=("sparse_fc",), evidence=evidence, max_epochs=1)
+    net.data_ = data
+    u, v = (f"blocks.0.sparse_fc.{factor}.weight" for factor in "UV")
+    with torch.no_grad():
+        net.module_.get_parameter(u).mul_(1e-3)
+        net.module_.get_parameter(v).mul_(1e3)
+    net.prior_.set_precision(u, 1e6)
+    net.prior_.set_precision(v, 1e-4)
+    objective = evidence.evaluate(net)
+    log_precision = evidence.solver.step(objective, net.prior_.log_precision)
+    expected = objective.lengthscale_gradient(log_precision)
+    net.update_decay()
+    net.history.new_epoch()
+    evidence.on_epoch_end(net)
+    assert net.prior_.precisions()[u] != pytest.approx(log_precision[net.prior_.index[u]].exp())
+    assert evidence._slopes == pytest.approx(expected, rel=1e-6)
 
 
 # ── the course of a fit
@@ -661,24 +877,53 @@ def test_weights_are_averaged_in_one_gauge(monkeypatch):
     assert epochs == [*range(2, 10)]  # not in the cool-down
 
 
+def without(*prefixes):
+    """Effective dimensions of which these are none."""
+    return {name: 0.0 if name.startswith(prefixes) else 9.0 for name in weights_of(net_of())}
+
+
 def test_averaging_leaves_removed_pathways_zero():
-    removed = {name: 0.0 if "blocks.1.fact" in name else 9.0 for name in weights_of(net_of())}
-    start = STARTS["symmetric"](patience=1)
     net, record = scripted(
         RISING,
         final=1e9,
-        dimensions={11: removed},
-        start=start,
+        dimensions={9: without("blocks.1.factored_fc")},  # 9 is the last epoch at the full rate
+        start=STARTS["symmetric"](patience=1),
         schedule="cooldown",
         max_epochs=12,
         burn_in=2,
     )
-    assert record.weights[9]["blocks.1.factored_fc.V.weight"].abs().max() > 0
+    assert record.weights[7]["blocks.1.factored_fc.V.weight"].abs().max() > 0
     assert [block.enabled["factored_fc"] for block in net.module_.blocks] == [True, False]
     assert all(torch.count_nonzero(w) == 0 for w in net.module_.blocks[1].factored_fc.parameters())
     name = "blocks.0.factored_fc.V.weight"
     mean = torch.stack([weights[name] for weights in record.weights[9:]]).mean(0)
     torch.testing.assert_close(weights_of(net)[name], mean, rtol=1e-12, atol=1e-14)
+
+
+def test_nothing_is_removed_while_the_rate_falls():
+    # The others could no longer take over what a pathway still did.
+    settings = {"schedule": "cooldown", "max_epochs": 12, "burn_in": 2}
+    dimensions = dict.fromkeys((10, 11, 12), without("blocks.1.factored_fc"))
+    start = STARTS["symmetric"](patience=1)
+    net, _ = scripted(RISING, final=1e9, dimensions=dimensions, start=start, **settings)
+    assert len(net.history) == 12
+    assert all(all(block.enabled.values()) for block in net.module_.blocks)
+
+
+def test_the_best_state_is_that_before_a_removal():
+    # The figure is that of the network that still had the pathway.
+    net, record = scripted(
+        [-9.0, -5.0, -1.0, -7.0, -6.0],
+        dimensions={3: without("blocks.0.factored_fc")},
+        start=STARTS["symmetric"](patience=1),
+        max_epochs=5,
+    )
+    assert [enabled[0]["factored_fc"] for enabled in record.enabled] == [True] * 2 + [False] * 3
+    assert net.module_.blocks[0].enabled["factored_fc"]
+    assert net.module_.blocks[0].factored_fc.V.weight.abs().max() > 0
+    assert torch.equal(
+        weights_of(net)["head.output.weight"], record.weights[2]["head.output.weight"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -718,6 +963,82 @@ def test_release_at_the_end_of_the_burn_in():
     assert record.rates[:9] == pytest.approx(
         [full * f for f in (0.2, 0.4, 0.6, 0.2, 0.4, 0.6, 0.8, 1, 1)]
     )
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_start_that_has_learnt_nothing_begins_anew(monkeypatch, steps):
+    # At the end of the burn-in, with all pathways from random weights and the first precisions.
+    looks, rates = [], LearningRate("cooldown", 0.01, 16)
+    rates.rewarm(3)
+
+    class Look(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            looks.append((weights_of(net), net.prior_.precisions()))
+
+    for learnt in (-np.inf, np.inf):
+        monkeypatch.setattr(training, "LEARNT", learnt)
+        record, settings = Record(), {"start": "symmetric", "burn_in": 3, "every": 3}
+        net = net_of(
+            **settings,
+            steps=steps,
+            precision=2.0,
+            schedule="cooldown",
+            max_epochs=16,
+            callbacks=[("record", record), ("look", Look())],
+        )
+        net.partial_fit(data_of())
+        assert record.enabled[2][0]["factored_fc"]
+        assert record.rates[3:9] == pytest.approx([rates.at(epoch) for epoch in range(4, 10)])
+    assert isinstance(net.course.start, JointStart)  # no charges, and nothing is removed
+    # The factor that it was built with, times that of the joint start.
+    assert [block.scale for block in net.module_.blocks] == pytest.approx([0.5, 0.5])
+    released, anew = looks[2], looks[len(looks) // 2 + 2]
+    assert torch.count_nonzero(released[0]["blocks.0.factored_fc.U.weight"]) == 0
+    assert list(anew[1].values()) == pytest.approx([2.0] * len(anew[1]))
+    for name, weight in anew[0].items():
+        assert (torch.count_nonzero(weight) == 0) == name.endswith("bias")
+        if not name.endswith("bias"):
+            assert not torch.equal(weight, released[0][name])
+
+
+def test_what_a_network_explains():
+    data, net = data_of(n=40), net_of(pathways=ALL)
+    data.targets[:] = torch.randint(K - 1, (40,))  # a class that does not occur
+    in_training(net, data)
+    log_p = net.module_(data.inputs).log_softmax(1)[range(40), data.targets]
+    shares = [data.weights[data.targets == k].sum() / data.weights.sum() for k in range(K - 1)]
+    entropy = -sum(share * share.log() for share in shares)
+    mean_log_p = (data.weights * log_p).sum() / data.weights.sum()
+    assert net.explained() == pytest.approx((1 + mean_log_p / entropy).item(), rel=1e-10)
+    with torch.no_grad():  # the best constant: nothing is explained
+        for weight in net.module_.parameters():
+            weight.zero_()
+        net.module_.head.output.bias[: K - 1] = torch.tensor(shares).log()
+        net.module_.head.output.bias[K - 1] = -1e4
+    assert net.explained() == pytest.approx(0.0, abs=1e-10)
+
+
+def test_a_single_class_leaves_nothing_to_explain():
+    data, net = data_of(), net_of()
+    data.targets[:] = 1
+    assert in_training(net, data).explained() == 1.0
+
+
+@pytest.mark.parametrize(("symmetric", "anew"), [(True, False), (False, True)])
+def test_whether_a_symmetric_start_has_learnt(symmetric, anew, monkeypatch):
+    monkeypatch.setattr(training, "LEARNT", LEARNT)
+    # The total of an image against the side on which it is: shifts leave the one as it is.
+    data = data_of(n=60, weighted=False)
+    data.inputs[:] = 0.1 * torch.rand_like(data.inputs)
+    place = torch.randint(16, (60,))
+    data.inputs.view(60, 16)[range(60), place] += 1 + 2.0 * (torch.arange(60) % 2)
+    data.targets[:] = torch.arange(60) % 2 if symmetric else (place % 4 > 1).long()
+    record = Record()
+    settings = {"start": "symmetric", "burn_in": 40, "max_epochs": 40, "lr": 0.02}
+    net = net_of(**settings, callbacks=[("record", record)])
+    net.partial_fit(data)
+    u = record.weights[-1]["blocks.0.factored_fc.U.weight"]
+    assert (torch.count_nonzero(u) > 0) == anew
 
 
 def test_plateau_starts_anew_at_the_release():
@@ -948,7 +1269,10 @@ def test_the_data_are_not_kept():
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_nets_can_be_copied(duplicate):
-    net = net_of(pathways=ALL, endless=True, solver=AdamSolver()).partial_fit(data_of())
+    pathways, lengthscales = (*ALL, "sparse_fc"), LengthscaleSolver()
+    settings = {"endless": True, "solver": AdamSolver(), "burn_in": 1, "every": 1}
+    net = net_of(pathways=pathways, lengthscales=lengthscales, **settings)
+    net.partial_fit(data_of()).partial_fit(data_of())
     net.module_.blocks[0].enabled["fc"] = False
     x = torch.randn(4, 1, 4, 4, dtype=torch.float64)
     twin = duplicate(net)
@@ -959,9 +1283,11 @@ def test_nets_can_be_copied(duplicate):
     data = data_of()
     twin.partial_fit(data)  # it goes on, and the other is not touched
     assert_weights(net, before)
-    assert len(net.history) == 1
+    assert len(net.history) == 2
+    assert log_omegas(twin) != log_omegas(net)
     net.partial_fit(data)
     assert_weights(twin, weights_of(net))
+    assert log_omegas(twin) == log_omegas(net)
 
 
 def test_progress_line(capsys):

@@ -106,7 +106,10 @@ class GroupConv(Conv):
         if root_weight is not None:
             patches = patches * root_weight[:, None, None, None]
         gram = outer(patches, patches)[0]
-        return torch.stack([gram[places][:, places] for places in self._patch]).sum(0, True)
+        total = torch.zeros_like(gram)
+        for places in self._patch:
+            total += gram[places][:, places]
+        return total[None]
 
     def gradient_tokens(self, grads: torch.Tensor) -> torch.Tensor:
         sorted_ = grads.flatten(2)[:, self._rows].unflatten(1, (-1, self.group.order))
@@ -128,7 +131,7 @@ def _taps(group: PointGroup, axis: PointGroup, channels: int, kernel: Grid) -> t
         here = torch.arange(coset[k], channels, axis.order, device="cpu")
         fields = torch.arange(len(here), device="cpu") * (axis.order // group.order) + j
         for i, g in enumerate(group.matrices):
-            row = fields * group.order + group.translates_to(g, h)
+            row = fields * group.order + group.quotient(g, h)
             places[i, here] = row[:, None] * n_taps + moved[g]
     return places.flatten(1)
 

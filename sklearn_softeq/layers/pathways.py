@@ -7,7 +7,7 @@ comes with the group.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -122,13 +122,13 @@ class PathwaySum(nn.Module):
         """Names of the pathways beside which another one keeps more symmetry."""
         return less_symmetric({name: path.group for name, path in self.pathways.items()})
 
-    def get_extra_state(self) -> dict[str, bool]:
-        """What is switched off travels with the weights."""
-        return dict(self.enabled)
+    def get_extra_state(self) -> dict[str, Any]:
+        """What is switched off, and the factor, travel with the weights."""
+        return {"enabled": dict(self.enabled), "scale": self.scale}
 
-    def set_extra_state(self, state: dict[str, bool]) -> None:
-        """Restore what is switched off."""
-        self.enabled = dict(state)
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what is switched off, and the factor."""
+        self.enabled, self.scale = dict(state["enabled"]), state["scale"]
 
     @torch.no_grad()
     def remove(self, name: str) -> None:
