@@ -28,8 +28,8 @@ class SymmetryDisplay:
     Parameters
     ----------
     symmetry : array-like of shape (n_layers, n_pathways)
-        Share of each pathway in the effective dimensions of its layer; rows sum to 1. NaN where
-        a layer lacks a pathway.
+        Share of each pathway in the effective dimensions of its layer; rows sum to 1. 0 or NaN
+        where a layer lacks a pathway.
     prior_precision : array-like of shape (n_layers, n_pathways)
         Prior precision δ of each pathway, ``inf`` where it was removed, NaN where a layer lacks
         it.

@@ -69,7 +69,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
     Parameters
     ----------
-    pathways : tuple of str, default=("conv", "factored_fc")
+    pathways : str or tuple of str, default=("conv", "factored_fc")
         Pathways of each layer. Equivariant to shifts: "conv" and "sparse_conv", whose filters are
         interpolated from anchors; to shifts and quarter turns "p4_conv", with reflections
         "p4m_conv", to shifts and the reflection left ↔ right "pm_conv". Free: "fc",

@@ -186,7 +186,7 @@ class Setting:
         return laplace(self.network, self.case.likelihood, self.batch, self.prior, **options)
 
     def slopes(self, total=None, h=1e-4):
-        """∂ (log p(D | w, ω) − ½ c log det) / ∂ log ω of each map, activations in log det fixed."""
+        """∂ log p(D | w, ω) and −½ ∂ log det of each map, activations in log det held fixed."""
         inputs, _, weights = self.batch
         seen = weights.sum().item()
         total = seen if total is None else total

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import randomise
-from references import inverse, move, pixels, roll_to_largest_grid, times
+from references import IDENTITY, inverse, move, pixels, roll_to_largest_grid, times
 
 from sklearn_softeq.groups import GROUPS, P1, P4, P4M, PM
 from sklearn_softeq.layers import FactoredFC, GroupConv, PathwaySum
@@ -393,32 +393,50 @@ def test_a_layer_that_is_zero_has_no_error():
 # ── errors in turns and reflections
 
 
+def slow_sources(element, group, axis):
+    """The place from which each orientation comes: r⁻¹ g, or m⁻¹ g m if m is no element of theirs.
+
+    None if it comes from no orientation.
+    """
+    back = inverse(group, element)
+    after = IDENTITY if element in axis.matrices else element
+    found = [times(times(back, g), after) for g in axis.matrices]
+    return [axis.matrices.index(g) for g in found] if set(found) <= set(axis.matrices) else None
+
+
 def slow_act(features, element, group, axis):
     """(r f)[c, g, x] = f[c, r⁻¹ g, r⁻¹ x], x from the centre, pixel by pixel."""
     back, centre = inverse(group, element), [(side - 1) / 2 for side in features.shape[2:]]
+    sources = slow_sources(element, group, axis)
     moved = torch.empty_like(features)
     for channel in range(features.shape[1]):
-        first = channel - channel % axis.order
-        source = channel
-        if element in axis.matrices:
-            g = axis.matrices[channel - first]
-            source = first + axis.matrices.index(times(back, g))
+        g = channel % axis.order
         for y, x in pixels(features.shape[2:]):
             i, j = move(back, (y - centre[0], x - centre[1]))
             place = round(i + centre[0]), round(j + centre[1])
-            moved[:, channel, y, x] = features[:, source, *place]
+            moved[:, channel, y, x] = features[:, channel - g + sources[g], *place]
     return moved
 
 
-def slow_error_of(layer, features, group, in_axis, out_axis):
-    """Mean over the elements that keep the grid of ‖f(gh) − g f(h)‖ / ‖f(h)‖."""
-    outputs, ratios = layer(features), []
-    square = features.shape[2] == features.shape[3]
+def slow_elements(grid, group, *axes):
+    """Those that keep the grid, know where each orientation goes, and move anything at all."""
+    found = []
     for element in group.matrices[1:]:
-        if square or element[0][0]:  # rows stay rows
-            moved = layer(slow_act(features, element, group, in_axis))
-            expected = slow_act(outputs, element, group, out_axis)
-            ratios.append(((moved - expected).norm() / outputs.norm()).item())
+        sources = [slow_sources(element, group, axis) for axis in axes]
+        keeps = grid[0] == grid[1] or element[0][0]  # rows stay rows
+        if keeps and None not in sources:
+            still = all(s == sorted(s) for s in sources) and tuple(grid) == (1, 1)
+            found += [] if still else [element]
+    return found
+
+
+def slow_error_of(layer, features, group, in_axis, out_axis):
+    """Mean over the elements that move something of ‖f(gh) − g f(h)‖ / ‖f(h)‖."""
+    outputs, ratios = layer(features), []
+    for element in slow_elements(features.shape[2:], group, in_axis, out_axis):
+        moved = layer(slow_act(features, element, group, in_axis))
+        expected = slow_act(outputs, element, group, out_axis)
+        ratios.append(((moved - expected).norm() / outputs.norm()).item())
     return np.mean(ratios) if ratios else 0.0
 
 
@@ -469,6 +487,43 @@ def test_errors_of_turns_are_those_of_the_definition(name, architecture):
     in_parts = equivariance_errors(network, [x[:1], x[1:]], group)
     np.testing.assert_allclose(in_parts.layers, found.layers, rtol=1e-10)
     assert in_parts.logits == pytest.approx(found.logits, rel=1e-10)
+
+
+@pytest.mark.parametrize("architecture", ["auto", "resnet"])
+@pytest.mark.parametrize(("strict", "axis"), [("p4_conv", P4), ("pm_conv", PM)])
+@pytest.mark.parametrize("name", ["p4", "p4m", "pm"])
+def test_errors_of_elements_that_the_orientations_lack(name, strict, axis, architecture):
+    # Reflections exchange quarter turns; quarter turns take a reflection to one that pm lacks.
+    options = {"shape": (1, 4, 4), "width": 1, "architecture": architecture}
+    network, x = network_of(strict, "factored_fc", **options), images(4, (1, 4, 4))
+    seen, group = seen_by_layers(network, x), GROUPS[name]
+    axes = [(P1, axis), *[(axis, axis)] * (len(seen) - 2), (axis, P1)]
+    expected = [
+        slow_error_of(layer, features, group, *around)
+        for (layer, features), around in zip(seen, axes, strict=True)
+    ]
+    found = equivariance_errors(network, [x], group)
+    np.testing.assert_allclose(found.layers, expected, rtol=1e-10)
+    assert found.layers[0] > 1e-2
+    free = network_of("factored_fc", **options)  # without orientations there is nothing to lack
+    measured = equivariance_errors(free, [x], group).layers
+    layers = [slow_error_of(*pair, group, P1, P1) for pair in seen_by_layers(free, x)]
+    np.testing.assert_allclose(measured, layers, rtol=1e-10)
+
+
+def test_one_pixel_has_the_symmetry_of_its_orientations_only():
+    # In the last block of a residual network: half a turn of one pixel is not worth a measurement.
+    network = network_of("p4_conv", "fc", shape=(1, 2, 2), width=1, architecture="resnet")
+    _, features = seen_by_layers(network, images(3, (1, 2, 2)))[1]
+    assert features.shape[2:] == (1, 1)
+    assert slow_elements((1, 1), P4, P4, P4) == list(P4.matrices[1:])
+    assert slow_elements((1, 1), P4M, P1, P1) == []
+    assert P4.elements((1, 1), P4, P4) == list(P4.matrices[1:])
+    assert P4M.elements((1, 1), P1, P1) == PM.elements((1, 1)) == []
+    plain = network_of("conv", "fc", shape=(1, 2, 2), architecture="resnet")
+    found = equivariance_errors(plain, [images(3, (1, 2, 2))], P4)
+    assert found.layers[0] > 1e-2
+    assert found.layers[1] == found.free[1] == 0
 
 
 @pytest.mark.parametrize("group", [P4, P4M, PM], ids=lambda group: group.name)

@@ -1001,6 +1001,37 @@ def test_a_start_that_has_learnt_nothing_begins_anew(monkeypatch, steps):
             assert not torch.equal(weight, released[0][name])
 
 
+def test_a_restarted_net_is_taken_over_with_its_factors(monkeypatch):
+    monkeypatch.setattr(training, "LEARNT", np.inf)
+    settings = {"start": "symmetric", "burn_in": 1, "module__scale": "symmetric"}
+    first = net_of(**settings).partial_fit(data_of())
+    second = net_of(**settings, seed=1)
+    assert [block.scale for block in second.module_.blocks] == [1, 1]
+    second.take_over(first)
+    assert [block.scale for block in second.module_.blocks] == pytest.approx([2**-0.5] * 2)
+    x = torch.randn(4, 1, 4, 4, dtype=torch.float64)
+    assert torch.equal(second.module_(x), first.module_(x))
+
+
+def test_a_restart_forgets_slopes_and_moments(monkeypatch):
+    # Those of weights that are gone: lengthscales wait for the next evidence.
+    steps = []
+
+    class Look(Callback):
+        def on_batch_begin(self, net, **kwargs):
+            states = net.optimizer_.state.values()
+            steps.append(max((int(state["step"]) for state in states), default=0))
+
+    for learnt in (-np.inf, np.inf):
+        monkeypatch.setattr(training, "LEARNT", learnt)
+        options = {"start": "symmetric", "burn_in": 3, "every": 1, "max_epochs": 8}
+        steps.clear()
+        _, record = learned(callbacks=[("look", Look())], keep_best=False, **options)
+        assert (4 in changes(record)) == (learnt < 0)
+        assert 5 in changes(record)
+        assert steps == [0, 1, 2, *([3, 4, 5, 6, 7] if learnt < 0 else [0, 1, 2, 3, 4])]
+
+
 def test_what_a_network_explains():
     data, net = data_of(n=40), net_of(pathways=ALL)
     data.targets[:] = torch.randint(K - 1, (40,))  # a class that does not occur
