@@ -197,6 +197,42 @@ def test_float32():
         )
 
 
+# ── what a last bit must not decide
+
+
+def blank(n):
+    """Images without an orientation: all orientations of their features are equal."""
+    return torch.arange(1.0, n + 1, dtype=torch.float64)[:, None, None, None].expand(n, 1, 4, 4)
+
+
+def mirrored(n):
+    """Images whose polyphase grids are mirror images, of equal norm."""
+    half = torch.rand(n, 1, 4, 2, dtype=torch.float64)
+    return torch.cat([half, half.flip(3)], 3)
+
+
+@pytest.mark.parametrize(
+    ("pathways", "images"),
+    [
+        (("p4m_conv",), blank),
+        (("conv", "factored_fc"), mirrored),
+    ],
+    ids=["orientations", "grids"],
+)
+def test_the_last_bit_decides_nothing(pathways, images):
+    options = {"pathways": pathways, "width": 2, "dtype": torch.float64}
+    network = randomise(build_network((1, 4, 4), 3, **options))
+    x, targets, weights = images(8), torch.arange(8) % 3, torch.ones(8, dtype=torch.float64)
+    expected = exact_factors(network, Categorical(), (x, targets, weights))
+    for _ in range(3):
+        noisy = x * (1 + 1e-15 * torch.randn_like(x))
+        found = exact_factors(network, Categorical(), (noisy, targets, weights))
+        for name, kron in expected.items():
+            for side in ("left", "right"):
+                change = (getattr(found[name], side) - getattr(kron, side)).norm()
+                assert change <= 1e-8 * getattr(kron, side).norm(), name
+
+
 # ── sketches
 
 

@@ -675,6 +675,7 @@ def test_weights_that_are_averaged_share_their_lengthscales():
     assert changes(record)[:3] == [3, 4, 5]
     assert all(omegas == record.end[first - 1] for omegas in record.end[first:])
     assert log_omegas(net) == record.end[-1]
+    assert net.laplace_.slopes == {}  # which would cost a pass
 
 
 def test_the_best_state_has_its_lengthscales():

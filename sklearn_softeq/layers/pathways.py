@@ -168,14 +168,17 @@ def keep_largest_grid(inputs: torch.Tensor, stride: Grid) -> torch.Tensor:
     inputs : tensor of shape (n, C, H, W)
         H and W are multiples of the stride.
     stride : pair of int
-        Sides of the cell of grids, 1 or 2 each. Ties go to the first grid in row-major order.
+        Sides of the cell of grids, 1 or 2 each. Ties, but for rounding, go to the first grid in
+        row-major order: in a strict network an image with a symmetry of its own has equal grids,
+        and which of them is kept must not hang on a last bit.
     """
     n, _, height, width = inputs.shape
     rows, columns = stride
     cells = inputs.detach().square().sum(1)  # (n, H, W)
     cells = cells.view(n, height // rows, rows, width // columns, columns)
     norms = cells.sum((1, 3)).flatten(1)  # Eq. polyphase choice, (n, rows · columns)
-    best = norms.argmax(1)
+    nearly = norms.amax(1, keepdim=True) * (1 - 32 * torch.finfo(norms.dtype).eps)
+    best = (norms >= nearly).byte().argmax(1)
     for dim, phase in ((2, best // columns), (3, best % columns)):
         moved = (phase == 1)[:, None, None, None]
         inputs = torch.where(moved, torch.roll(inputs, -1, dim), inputs)
