@@ -8,6 +8,7 @@ import torch
 from cases import KINDS, P2, randomise
 from equivariance import assert_equivariant, moved
 from references import IDENTITY, Trace, roll_to_largest_grid
+from sklearn.datasets import load_digits
 
 from sklearn_softeq import networks
 from sklearn_softeq.groups import P1, P4, P4M, PM
@@ -652,3 +653,21 @@ def test_memory_counts_interpolations_and_solving_for_them(monkeypatch):
 
 def test_memory_of_this_machine():
     assert networks._memory() > 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pathways", [("conv",), ("conv", "factored_fc")], ids="+".join)
+def test_a_resnet_of_depth_18_trains_from_its_start(pathways):
+    X, y = load_digits(n_class=5, return_X_y=True)
+    images = torch.tensor(X[:128], dtype=torch.float32).view(-1, 1, 8, 8)
+    images = ((images - images.mean()) / images.std()).repeat_interleave(4, 2)
+    images, labels = images.repeat_interleave(4, 3), torch.tensor(y[:128])  # 32×32
+    generator = torch.Generator().manual_seed(0)
+    options = {"architecture": "resnet", "width": 4, "generator": generator}
+    network = build_network((1, 32, 32), 5, pathways=pathways, **options)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.003)
+    for _ in range(40):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    assert (network(images).argmax(1) == labels).float().mean() > 0.9
