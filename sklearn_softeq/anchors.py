@@ -91,8 +91,9 @@ class Interpolation(nn.Module):
         before, log_omega = self.matrix.dtype, self.log_omega
         super()._apply(fn, recurse)
         self._tangent = None
-        if self.matrix.dtype != before and not self.matrix.is_meta:
+        if not self.matrix.is_meta and not log_omega.is_meta:
             self.log_omega = log_omega.to(self.log_omega.device)
+        if self.matrix.dtype != before and not self.matrix.is_meta:
             self.set_log_omega(self.log_omega.item())
         return self
 

@@ -727,7 +727,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             If the group is unknown.
         """
         check_is_fitted(self)
-        if group not in set(GROUPS):
+        if group not in list(GROUPS):
             raise ValueError(f"group={group!r} is not known. Choose one of {sorted(GROUPS)}.")
         batches = self._new_images(X).to(self.device_).split(CURVATURE_BATCH)
         return Bunch(**equivariance_errors(self.module_, batches, GROUPS[group])._asdict())

@@ -279,3 +279,10 @@ def test_without_memory_nothing_is_solved(solved):
     assert found.matrix.shape == (500_000, 1_000_000)
     found.double()
     assert solved == []
+
+
+def test_log_omega_keeps_its_digits_in_a_float32_network():
+    found = Interpolation((4, 4), 0.5)
+    found.to(torch.float32).set_log_omega(0.1)
+    assert found.log_omega.dtype == torch.float64
+    assert found.double().log_omega.item() == 0.1

@@ -386,6 +386,8 @@ def test_equivariance_error(digits):
     assert error.free.shape == (2,)
     assert 0.5 < error.free[0] < 2
     assert set(error) == {"layers", "free", "logits"}
+    with pytest.raises(ValueError, match=r"group=\['p4'\] is not known"):
+        strict.equivariance_error(images, group=["p4"])
     with pytest.raises(ValueError, match=r"group='scaling' is not known.*p4m.*translation"):
         strict.equivariance_error(images, group="scaling")
 
