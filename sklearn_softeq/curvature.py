@@ -15,19 +15,21 @@ the log likelihood, in which everything follows, is Σ g · ∂out with g for th
 Gradients of weights are never formed; hooks live inside one call and hang on no layer after it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from .kronecker import Kronecker
+from .kronecker import Factor, Kronecker, Root
 from .layers import SharedLinear, outer
 
-__all__ = ["Curvature", "Likelihood", "kronecker_factors"]
+__all__ = ["COLUMNS", "KFAC_FORMS", "Curvature", "Estimator", "Likelihood", "kronecker_factors"]
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Reduction = Callable[[torch.Tensor], None]
 
 
 class Likelihood(Protocol):
@@ -40,6 +42,60 @@ class Likelihood(Protocol):
     def hessian_sketch(
         self, outputs: torch.Tensor, n_sketches: int, generator: torch.Generator
     ) -> torch.Tensor: ...
+
+    def hessian_labels(
+        self, outputs: torch.Tensor, n_labels: int, generator: torch.Generator
+    ) -> torch.Tensor: ...
+
+
+#: Columns v of the output Hessian, (n, K, columns), with Σ v vᵀ equal to it or its mean: by name,
+#: from a likelihood, the outputs, a number of random columns and their source.
+COLUMNS: dict[str, Callable[[Likelihood, torch.Tensor, int, torch.Generator], torch.Tensor]] = {
+    "exact": lambda likelihood, outputs, *_: likelihood.hessian_root(outputs),
+    "rademacher": lambda likelihood, *rest: likelihood.hessian_sketch(*rest),
+    "monte_carlo": lambda likelihood, *rest: likelihood.hessian_labels(*rest),
+}
+
+KFAC_FORMS = ("expand", "reduce")
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How the curvature is estimated.
+
+    Parameters
+    ----------
+    columns : {"exact", "rademacher", "monte_carlo"}, default="exact"
+        How the output Hessian enters: by all of its columns, by random combinations of them, or
+        by labels drawn from the model.
+    samples : int, default=1
+        Random columns of each row; no meaning for "exact".
+    kfac : {"expand", "reduce"}, default="expand"
+        What is summed over shared positions: outer products, or tokens before their product.
+        Reduce is A = Σ_n ā āᵀ with ā the mean token, and Γ = Σ_n E[(Σ_s g)(Σ_s g)ᵀ].
+
+    References
+    ----------
+    R. Eschenhagen, A. Immer, R. Turner, F. Schneider, P. Hennig, "Kronecker-Factored Approximate
+    Curvature for Modern Neural Network Architectures", NeurIPS 2023.
+    """
+
+    columns: str = "exact"
+    samples: int = 1
+    kfac: str = "expand"
+
+    def draw(
+        self,
+        likelihood: Likelihood,
+        outputs: torch.Tensor,
+        generator: torch.Generator | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Columns v of the output Hessian, (n, K) each."""
+        assert generator is not None or self.columns == "exact"
+        return COLUMNS[self.columns](likelihood, outputs, self.samples, generator).unbind(-1)
+
+
+EXACT = Estimator()
 
 
 class Curvature(NamedTuple):
@@ -59,79 +115,108 @@ def kronecker_factors(
     likelihood: Likelihood,
     batches: Iterable[Batch],
     *,
+    estimator: Estimator = EXACT,
     total_weight: float | None = None,
-    n_sketches: int = 0,
+    unit_weights: bool = False,
     generator: torch.Generator | None = None,
     lengthscales: bool = False,
+    constants: dict[str, Factor] | None = None,
+    reduction: Reduction | None = None,
 ) -> Curvature:
     """Factors of each tensor of each :class:`SharedLinear` that the network uses.
+
+    Nothing is read back from the device before all batches have been seen.
 
     Parameters
     ----------
     network : nn.Module
         Rows of its output may depend on their own row of the input only.
     likelihood : Categorical or Gaussian
-        Gives the root of the output Hessian.
+        Gives the columns of the output Hessian.
     batches : iterable of (inputs, targets, weights)
         Weights of shape (n,) count repetitions.
+    estimator : Estimator, default=Estimator()
+        Default: exact columns, expand.
     total_weight : float, optional
         N; default: the sum of the weights of the batches. When the batches hold only a part, of
         weight m, the curvature and the log likelihood are scaled by N/m.
-    n_sketches : int, default=0
-        Number of Rademacher sketches of the output Hessian; 0 takes all of its columns.
+    unit_weights : bool, default=False
+        Whether all weights are known to be 1, which spares a pass over the tokens.
     generator : torch.Generator, optional
-        Source of the sketches.
+        Source of random columns.
     lengthscales : bool, default=False
         Also the derivatives in log ω of every map that is given at anchors: those of its factors,
         and that of the log likelihood, for one backward pass more.
+    constants : dict of str to Factor, optional
+        Input factors of the maps that see the images themselves, by name: they hang on no
+        weight. Those that are there are taken, the others are put in. Keep it for the same
+        batches only.
+    reduction : callable, optional
+        Adds the entries of a flat float64 tensor, in place, to those of the other processes that
+        see other batches. Default: there are none.
 
     Returns
     -------
     Curvature
     """
+    constants = {} if constants is None else constants
     sums: dict[str, _FactorSums] = {}
-    log_likelihood, weight_seen = 0.0, 0.0
+    seen: list[torch.Tensor] = []  # (log likelihood, weight) of each batch
     for inputs, targets, weights in batches:
         with torch.enable_grad(), _recorded(network) as record:
             outputs = network(inputs)
         detached = outputs.detach()
-        log_prob = likelihood.log_prob(detached, targets)
-        log_likelihood += torch.dot(weights.double(), log_prob.double()).item()
-        weight_seen += weights.double().sum().item()
-        root_weight = weights.sqrt().to(inputs.dtype)
-        weighted = root_weight if (weights != 1).any() else None  # spares a pass over the tokens
-        for name, (layer, inp, _) in record.items():
-            sums.setdefault(name, _FactorSums(layer, lengthscales)).add_input(inp, weighted)
+        log_prob = likelihood.log_prob(detached, targets).double()
+        seen.append(torch.stack([torch.dot(weights.double(), log_prob), weights.double().sum()]))
+        root_weight = None if unit_weights else weights.sqrt().to(inputs.dtype)
+        for name, met in record.items():
+            if name not in sums:
+                sums[name] = _FactorSums(met, estimator.kfac, lengthscales, constants.get(name))
+            sums[name].add_input(met.inputs, root_weight)
         if lengthscales:
             score = _score(likelihood, detached, targets, weights)
-            moving = {name: r for name, r in record.items() if r[0].interpolation is not None}
-            for name, grad in _gradients(outputs, moving, score):
-                sums[name].add_score(record[name][1], grad)
-        for column in _columns(likelihood, detached, n_sketches, generator):  # (n, K)
-            for name, grad in _gradients(outputs, record, column * root_weight[:, None]):
+            moving = {name: r for name, r in record.items() if r.layer.interpolation is not None}
+            for name, grad in _gradients(outputs, moving, score, keep=True):
+                sums[name].add_score(record[name].inputs, grad)
+        columns = estimator.draw(likelihood, detached, generator)
+        for i, column in enumerate(columns, 1):  # (n, K)
+            weighted = column if root_weight is None else column * root_weight[:, None]
+            for name, grad in _gradients(outputs, record, weighted, keep=i < len(columns)):
                 sums[name].add_gradient(grad)
+    assert seen, "no batches"
+    return _finished(sums, torch.stack(seen).sum(0), total_weight, constants, reduction)
+
+
+def _finished(
+    sums: "dict[str, _FactorSums]",
+    seen: torch.Tensor,
+    total_weight: float | None,
+    constants: dict[str, Factor],
+    reduction: Reduction | None,
+) -> Curvature:
+    """Sums turned into curvature for N observations."""
+    if reduction is not None:
+        _reduce([seen, *(tensor for s in sums.values() for tensor in s.tensors())], reduction)
+    log_likelihood, weight_seen = seen.tolist()
     assert weight_seen > 0, "the batches hold no observation"
     total = weight_seen if total_weight is None else total_weight
     factors: dict[str, Kronecker] = {}
     for name, layer_sums in sums.items():
         for tensor, factor in layer_sums.finish(weight_seen, total).items():
             factors[f"{name}.{tensor}"] = factor
+        if layer_sums.constant:
+            constants[name] = factors[f"{name}.weight"].left
     scale = total / weight_seen
-    slopes = {name: s.slope * scale for name, s in sums.items() if s.moving}
+    slopes = {name: s.slope.item() * scale for name, s in sums.items() if s.moving}
     return Curvature(factors, log_likelihood * scale, slopes)
 
 
-def _columns(
-    likelihood: Likelihood,
-    outputs: torch.Tensor,
-    n_sketches: int,
-    generator: torch.Generator | None,
-) -> Iterator[torch.Tensor]:
-    """Columns v of a root of the output Hessian, or sketches of it, (n, K) each."""
-    if n_sketches:
-        assert generator is not None
-        return iter(likelihood.hessian_sketch(outputs, n_sketches, generator).unbind(-1))
-    return iter(likelihood.hessian_root(outputs).unbind(-1))
+def _reduce(tensors: list[torch.Tensor], reduction: Reduction) -> None:
+    """Sum tensors over processes in one go."""
+    flat = torch.cat([tensor.flatten().double() for tensor in tensors])
+    reduction(flat)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def _score(
@@ -144,43 +229,124 @@ def _score(
         return torch.autograd.grad(log_likelihood, outputs)[0]
 
 
+class _Met(NamedTuple):
+    """A map that was met during a forward pass."""
+
+    layer: SharedLinear
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    constant: bool  # whether its input depends on no weight
+
+
+class _Moments:
+    """Σ t tᵀ of each block over tokens t, by its root while that has fewer rows than columns.
+
+    Parameters
+    ----------
+    n_blocks, size : int
+        B, d.
+    like : tensor
+        Of the dtype and device to sum in.
+    root : bool
+        Whether a root will do.
+    """
+
+    def __init__(self, n_blocks: int, size: int, like: torch.Tensor, root: bool):
+        self.n_blocks, self.size, self.like, self.may_be_root = n_blocks, size, like, root
+        self.rows: list[torch.Tensor] = []  # (B, r, d) each
+        self.n_rows = 0
+        self._matrix: torch.Tensor | None = None
+
+    def keeps(self, n_rows: int) -> bool:
+        """Whether so many tokens more would still be kept as they are."""
+        kept = self.may_be_root and self._matrix is None
+        return kept and self.n_rows + n_rows < self.size
+
+    def add(self, tokens: torch.Tensor) -> None:
+        """Count in tokens (n, S, B, d)."""
+        n_rows = tokens.shape[0] * tokens.shape[1]
+        if self.keeps(n_rows):
+            self.rows.append(tokens.permute(2, 0, 1, 3).flatten(1, 2))
+            self.n_rows += n_rows
+        else:
+            self.matrix.add_(outer(tokens, tokens))
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The sum as a matrix, (B, d, d), from now on."""
+        if self._matrix is None:
+            self._matrix = self.like.new_zeros(self.n_blocks, self.size, self.size)
+            for rows in self.rows:
+                self._matrix += rows.transpose(1, 2) @ rows
+            self.rows = []
+        return self._matrix
+
+    def finish(self, scale: float) -> Factor:
+        """The factor, times a scale."""
+        if self.rows:
+            return Root(torch.cat(self.rows, 1) * scale**0.5)
+        return self.matrix.mul_(scale)
+
+
 class _FactorSums:
     """Running sums of the factors of one map."""
 
-    def __init__(self, layer: SharedLinear, lengthscales: bool):
-        n_blocks, n_out, n_in = layer.weight.shape
-        self.layer = layer
+    def __init__(self, met: _Met, kfac: str, lengthscales: bool, known: Factor | None):
+        n_blocks, n_out, n_in = met.layer.weight.shape
+        layer, like = met.layer, met.inputs
+        self.layer, self.kfac, self.known = layer, kfac, known
+        self.constant = met.constant and layer.interpolation is None
         self.moving = lengthscales and layer.interpolation is not None
-        self.left = layer.weight.new_zeros(n_blocks, n_in, n_in)
-        self.right = layer.weight.new_zeros(n_blocks, n_out, n_out)
-        self.bias = layer.weight.new_zeros(1, n_out, n_out)
+        self.left = _Moments(n_blocks, n_in, like, not self.moving)
+        self.right = _Moments(n_blocks, n_out, like, not self.moving)
+        self.bias = _Moments(1, n_out, like, True)
         self.left_tangent: torch.Tensor | None = None
         self.right_tangent: torch.Tensor | None = None
-        self.slope = 0.0
-        self.shared = True
+        self.slope = like.new_zeros((), dtype=torch.float64)
+        self.shared = layer.n_positions > 1 or n_blocks > 1
 
     @torch.no_grad()
     def add_input(self, inputs: torch.Tensor, root_weight: torch.Tensor | None) -> None:
-        self.left += self.layer.input_gram(inputs, root_weight)  # Eq. A
+        if self.known is not None:
+            return
+        # Eq. A
+        if self.kfac == "reduce" or self.left.keeps(len(inputs) * self.layer.n_positions):
+            self.left.add(_weighted(self._merged(self.layer.input_tokens(inputs)), root_weight))
+        else:
+            self.left.matrix.add_(self.layer.input_gram(inputs, root_weight))
         change = self.layer.input_tangent(inputs) if self.moving else None
         if change is not None:
-            tokens = self.layer.input_tokens(inputs)
-            if root_weight is not None:
-                tokens = tokens * root_weight.square()[:, None, None, None]
+            change, tokens = (
+                _weighted(self._merged(t), root_weight)
+                for t in (change, self.layer.input_tokens(inputs))
+            )
             self.left_tangent = _added(self.left_tangent, outer(change, tokens))
+
+    def _merged(self, tokens: torch.Tensor) -> torch.Tensor:
+        """With reduce, the mean token over positions."""
+        return tokens.mean(1, keepdim=True) if self.kfac == "reduce" else tokens
 
     @torch.no_grad()
     def add_gradient(self, grad: torch.Tensor) -> None:
-        tokens = self.layer.gradient_tokens(grad)  # (n, S, B, d_out)
-        n_positions = tokens.shape[1]
-        self.right += outer(tokens, tokens) / n_positions  # Eq. Γ
-        self.shared = n_positions > 1 or tokens.shape[2] > 1
-        if self.shared and self.layer.bias is not None:
-            summed = tokens.sum((1, 2), keepdim=True)
-            self.bias += outer(summed, summed)  # Eq. H of the bias
-        change = self.layer.gradient_tangent(grad) if self.moving else None
+        layer, n_positions = self.layer, self.layer.n_positions
+        tokens = layer.gradient_tokens(grad)  # (n, S, B, d_out)
+        if self.shared and layer.bias is not None:
+            self.bias.add(tokens.sum((1, 2), keepdim=True))  # Eq. H of the bias
+        # Eq. Γ
+        if self.kfac == "reduce" or self.right.keeps(len(tokens) * n_positions):
+            self.right.add(self._summed(tokens))
+        else:
+            self.right.matrix.add_(layer.gradient_gram(grad), alpha=1 / n_positions)
+        change = layer.gradient_tangent(grad) if self.moving else None
         if change is not None:
-            self.right_tangent = _added(self.right_tangent, outer(change, tokens) / n_positions)
+            tangent = outer(self._summed(change), self._summed(tokens))
+            self.right_tangent = _added(self.right_tangent, tangent)
+
+    def _summed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """With reduce, the sum over positions; else scaled to make up for their number."""
+        if self.kfac == "reduce":
+            return tokens.sum(1, keepdim=True)
+        return tokens * self.layer.n_positions**-0.5
 
     @torch.no_grad()
     def add_score(self, inputs: torch.Tensor, grad: torch.Tensor) -> None:
@@ -193,21 +359,38 @@ class _FactorSums:
         if change is not None:
             self.slope += _bilinear(change, layer.weight, layer.input_tokens(inputs))
             if layer.bias is not None:
-                self.slope += (change * layer.bias).sum().item()
+                self.slope += (change * layer.bias).sum().double()
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All sums, to be summed over processes in place."""
+        if self.known is None:
+            yield self.left.matrix
+        yield self.right.matrix
+        if self.shared and self.layer.bias is not None:
+            yield self.bias.matrix
+        for tangent in (self.left_tangent, self.right_tangent):
+            if tangent is not None:
+                yield tangent
+        yield self.slope
 
     def finish(self, seen: float, total: float) -> dict[str, Kronecker]:
         """Curvature of weight and bias for N = total from sums over weight m = seen."""
         scale = total / seen**2  # Eq. H = A ⊗ Γ / m, times N/m
-        right = self.right * scale
+        left = self.left.finish(1.0) if self.known is None else self.known
+        right = self.right.finish(scale)
         d_left, d_right = _symmetric(self.left_tangent, 1.0), _symmetric(self.right_tangent, scale)
-        found = {"weight": Kronecker(self.left, right, d_left, d_right)}
-        one = self.left.new_ones(1, 1, 1)
+        found = {"weight": Kronecker(left, right, d_left, d_right)}
+        one = self.layer.weight.new_ones(1, 1, 1)
         if self.layer.bias is not None and self.shared:
-            found["bias"] = Kronecker(one, self.bias * (total / seen))
+            found["bias"] = Kronecker(one, self.bias.finish(total / seen))
         elif self.layer.bias is not None:
             # One position, one block: Γ itself, the same tensor, so that it is decomposed once.
             found["bias"] = Kronecker(one * seen, right)
         return found
+
+
+def _weighted(tokens: torch.Tensor, root_weight: torch.Tensor | None) -> torch.Tensor:
+    return tokens if root_weight is None else tokens * root_weight[:, None, None, None]
 
 
 def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
@@ -219,34 +402,31 @@ def _symmetric(half: torch.Tensor | None, scale: float) -> torch.Tensor | None:
     return None if half is None else (half + half.transpose(1, 2)) * scale
 
 
-def _bilinear(left: torch.Tensor, weight: torch.Tensor, right: torch.Tensor) -> float:
+def _bilinear(left: torch.Tensor, weight: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Σ_n Σ_s Σ_b lᵀ W_b r."""
-    return (outer(left, right).double() * weight).sum().item()
-
-
-Record = dict[str, tuple[SharedLinear, torch.Tensor, torch.Tensor]]
+    return (outer(left, right).double() * weight).sum()
 
 
 def _gradients(
-    outputs: torch.Tensor, record: Record, vector: torch.Tensor
+    outputs: torch.Tensor, record: dict[str, _Met], vector: torch.Tensor, keep: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Gradients of vector · outputs at the output of each map of the record, by name."""
     if not record:
         return iter(())
     grads = torch.autograd.grad(
-        outputs, [out for _, _, out in record.values()], vector, retain_graph=True
+        outputs, [met.outputs for met in record.values()], vector, retain_graph=keep
     )
     return zip(record, grads, strict=True)
 
 
 @contextmanager
-def _recorded(network: nn.Module) -> Iterator[Record]:
+def _recorded(network: nn.Module) -> Iterator[dict[str, _Met]]:
     """Inputs and outputs of every shared linear map, by name, during one forward pass."""
-    record: Record = {}
+    record: dict[str, _Met] = {}
 
     def keep(name: str):
         def hook(layer, args, output):
-            record[name] = (layer, args[0].detach(), output)
+            record[name] = _Met(layer, args[0].detach(), output, not args[0].requires_grad)
 
         return hook
 

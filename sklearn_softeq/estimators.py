@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral, Real
 from typing import ClassVar
 
@@ -15,6 +16,8 @@ from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
+from .budget import plan_curvature
+from .curvature import COLUMNS, KFAC_FORMS
 from .groups import GROUPS
 from .layers import PATHWAYS
 from .likelihoods import Categorical
@@ -41,7 +44,6 @@ from .training import (
     ProgressLine,
     SoftEquivariantNet,
     TrainingData,
-    choose_sketches,
 )
 from .validation import (
     check_classes,
@@ -119,12 +121,23 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     hyper_lr : float, default=None
         Rate of these steps on log precisions; None: 0.5 for the fixed point (1 is undamped), 0.1
         for Adam.
-    curvature : {"auto", "exact", "rademacher"}, default="auto"
-        How the output Hessian enters: all of its K − 1 columns, or random combinations. "auto" is
-        exact, and deterministic, while rows × (K − 1) ≤ 4096.
+    curvature : {"auto", "exact", "rademacher", "monte_carlo"}, default="auto"
+        How the Hessian of the outputs enters the curvature: exactly, by all of its K − 1 columns;
+        by random combinations of them with signs ±1; or by labels drawn from the model, which is
+        noisier and there for comparison. "auto" is exact, and deterministic, while
+        rows × (K − 1) ≤ 4096; beyond, it chooses columns and rows by their sizes such that all
+        evidences take about a tenth of the time of training.
     curvature_samples : int, default=1
-        Random combinations for each row when it is not exact; where they would be more than the
-        columns, it is exact.
+        Random columns for each row when it is not exact; where they would be as many as the
+        exact ones, it is exact.
+    curvature_subset : int, default=None
+        Rows that the curvature and the log likelihood of the evidences during training are
+        estimated from, drawn once for a fit and scaled up. None: all, or what
+        ``curvature="auto"`` chooses. The evidence at the end sees all rows.
+    kfac : {"expand", "reduce"}, default="expand"
+        What the Kronecker factors sum over the positions that share a weight: products of inputs
+        and gradients, or inputs and gradients before their product. "reduce" has log determinants
+        far too small for convolutions, and is there for comparison.
     max_epochs : int, default=400
         Cap of the number of epochs. Training stops when the evidence (with ``learn_prior=False``
         the log joint) has stopped rising.
@@ -192,7 +205,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     history_ : dict of ndarray
         By evaluation: "epoch", "n_observations" (N at that time), "log_likelihood", "scatter",
         "log_det_ratio" and "log_marginal_likelihood" = log_likelihood − ½ scatter −
-        ½ log_det_ratio, in nats.
+        ½ log_det_ratio, in nats; "curvature" and "curvature_rows", how it was estimated.
     log_marginal_likelihood_value_ : float
         Laplace estimate of log p(y | X) of the whole training set at the end, in nats. Compare
         precisions or pathways within one start by it; between architectures or settings a
@@ -258,8 +271,10 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         "hyper_solver": [StrOptions(set(HYPER_SOLVERS))],
         "hyper_steps": [Interval(Integral, 1, None, closed="left")],
         "hyper_lr": [Interval(Real, 0, None, closed="neither"), None],
-        "curvature": [StrOptions({"auto", "exact", "rademacher"})],
+        "curvature": [StrOptions({"auto", *COLUMNS})],
         "curvature_samples": [Interval(Integral, 1, None, closed="left")],
+        "curvature_subset": [Interval(Integral, 1, None, closed="left"), None],
+        "kfac": [StrOptions(set(KFAC_FORMS))],
         "max_epochs": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
@@ -297,6 +312,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         hyper_lr=None,
         curvature="auto",
         curvature_samples=1,
+        curvature_subset=None,
+        kfac="expand",
         max_epochs=400,
         tol=0.01,
         n_iter_no_change=5,
@@ -330,6 +347,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.hyper_lr = hyper_lr
         self.curvature = curvature
         self.curvature_samples = curvature_samples
+        self.curvature_subset = curvature_subset
+        self.kfac = kfac
         self.max_epochs = max_epochs
         self.tol = tol
         self.n_iter_no_change = n_iter_no_change
@@ -551,7 +570,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
     def _callbacks(self, data, previous, endless: bool, seed: int) -> list:
         """Ours, then copies of the user's, which find our entries in the history."""
-        evidence = self._evidence_step(data, seed)
+        evidence = self._evidence_step(seed)
         course = Course(
             evidence,
             STARTS[self.start](),
@@ -565,7 +584,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         users = copy.deepcopy(list(self.callbacks or ()))
         return [("evidence", evidence), *output, ("course", course), *users]
 
-    def _evidence_step(self, data: TrainingData, seed: int) -> EvidenceStep:
+    def _evidence_step(self, seed: int) -> EvidenceStep:
         solver = HYPER_SOLVERS[self.hyper_solver]
         learn_lengthscale = self.learn_prior and self.learn_lengthscale
         return EvidenceStep(
@@ -574,8 +593,15 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             # A short training needs all of its pathways for half of its time.
             burn_in=min(self.burn_in, max(self.max_epochs // 2, 1)),
             every=self.evidence_every,
-            n_sketches=choose_sketches(
-                self.curvature, self.curvature_samples, len(data), len(self.classes_)
+            plan=partial(
+                plan_curvature,
+                n_outputs=len(self.classes_),
+                curvature=self.curvature,
+                samples=self.curvature_samples,
+                subset=self.curvature_subset,
+                kfac=self.kfac,
+                every=self.evidence_every,
+                lengthscales=learn_lengthscale,
             ),
             seed=seed,
             lengthscales=LengthscaleSolver() if learn_lengthscale else None,
@@ -736,5 +762,5 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 def _evaluations(net: SoftEquivariantNet) -> dict[str, np.ndarray]:
     rows = [row for row in net.history if "log_marginal_likelihood" in row]
     terms = ("log_likelihood", "scatter", "log_det_ratio", "log_marginal_likelihood")
-    columns = ("epoch", "n_observations", *terms)
+    columns = ("epoch", "n_observations", *terms, "curvature", "curvature_rows")
     return {column: np.array([row[column] for row in rows]) for column in columns}

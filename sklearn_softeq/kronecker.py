@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Kronecker", "Spectrum", "spectra"]
+__all__ = ["Factor", "Kronecker", "Root", "Spectrum", "dense", "spectra"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,9 +19,9 @@ class Spectrum:
     Parameters
     ----------
     left : tensor of shape (B, d_in)
-        Eigenvalues λ of the input factors, float64.
+        Eigenvalues λ of the input factors, float64; fewer where the others are zero for sure.
     right : tensor of shape (B, d_out)
-        Eigenvalues μ of the gradient factors, float64.
+        Eigenvalues μ of the gradient factors, likewise.
     left_tangent, right_tangent : tensor of the same shape, optional
         Derivatives of λ and μ in a hyperparameter that reaches the factors.
     """
@@ -55,62 +55,98 @@ class Spectrum:
 
 
 @dataclass(frozen=True, eq=False)
+class Root:
+    """A matrix RᵀR of each block, given by R of fewer rows than columns.
+
+    Its eigenvalues are those of R Rᵀ, which is smaller, and zeros.
+
+    Parameters
+    ----------
+    rows : tensor of shape (B, r, d)
+    """
+
+    rows: torch.Tensor
+
+    def dense(self) -> torch.Tensor:
+        """RᵀR, shape (B, d, d)."""
+        return self.rows.transpose(1, 2) @ self.rows
+
+    def gram(self) -> torch.Tensor:
+        """R Rᵀ, shape (B, r, r)."""
+        return self.rows @ self.rows.transpose(1, 2)
+
+
+Factor = torch.Tensor | Root
+
+
+def dense(factor: Factor) -> torch.Tensor:
+    """The matrices of a factor, (B, d, d)."""
+    return factor.dense() if isinstance(factor, Root) else factor
+
+
+@dataclass(frozen=True, eq=False)
 class Kronecker:
     """Block-diagonal matrix blkdiag_b(A_b ⊗ Γ_b).
 
     Parameters
     ----------
-    left : tensor of shape (B, d_in, d_in)
+    left : tensor of shape (B, d_in, d_in), or Root
         Input factors A.
-    right : tensor of shape (B, d_out, d_out)
+    right : tensor of shape (B, d_out, d_out), or Root
         Gradient factors Γ, scaled so that the product is the curvature itself.
-    left_tangent, right_tangent : tensor of the same shape, optional
-        Derivatives of A and Γ in a hyperparameter that reaches them.
+    left_tangent, right_tangent : tensor of shape (B, d, d), optional
+        Derivatives of A and Γ, which are tensors then, in a hyperparameter that reaches them.
     """
 
-    left: torch.Tensor
-    right: torch.Tensor
+    left: Factor
+    right: Factor
     left_tangent: torch.Tensor | None = None
     right_tangent: torch.Tensor | None = None
 
     def to_dense(self) -> torch.Tensor:
         """The full matrix, (B·d_in·d_out) squared; for small cases and tests."""
-        blocks = [torch.kron(a, g) for a, g in zip(self.left, self.right, strict=True)]
-        return torch.block_diag(*blocks)
+        sides = zip(dense(self.left), dense(self.right), strict=True)
+        return torch.block_diag(*(torch.kron(a, g) for a, g in sides))
 
 
-def spectra(factors: dict[str, Kronecker]) -> dict[str, Spectrum]:
+def spectra(
+    factors: dict[str, Kronecker], known: dict[int, torch.Tensor] | None = None
+) -> dict[str, Spectrum]:
     """Eigenvalues of each matrix; a factor that two tensors share is decomposed once.
+
+    Parameters
+    ----------
+    factors : dict of str to Kronecker
+    known : dict of int to tensor, optional
+        Eigenvalues by the identity of their factor, for those that have been decomposed before.
+        It takes in those of all factors that do not move.
 
     Raises
     ------
     ValueError
         If a factor is not finite or its eigenvalues cannot be found in float64 either.
     """
-    known: dict[int, torch.Tensor] = {}
-
-    def eigenvalues(matrix: torch.Tensor, name: str) -> torch.Tensor:
-        # Identity, not value: a layer's bias may hold the very Γ of its weight.
-        if id(matrix) not in known:
-            known[id(matrix)] = _eigenvalues(matrix, name)
-        return known[id(matrix)]
-
+    known = {} if known is None else known
+    names = {}  # identity, not value: a layer's bias may hold the very Γ of its weight
+    for name, k in factors.items():
+        for factor, tangent in ((k.left, k.left_tangent), (k.right, k.right_tangent)):
+            if tangent is None and id(factor) not in known:
+                names[id(factor)] = (name, factor)
+    known.update(_eigenvalues(names))
     found = {}
     for name, k in factors.items():
         sides = ((k.left, k.left_tangent), (k.right, k.right_tangent))
         (left, d_left), (right, d_right) = (
-            (eigenvalues(matrix, name), None) if tangent is None else _moving(matrix, tangent, name)
-            for matrix, tangent in sides
+            (known[id(factor)], None) if tangent is None else _moving(factor, tangent, name)
+            for factor, tangent in sides
         )
         found[name] = Spectrum(left, right, d_left, d_right)
     return found
 
 
-def _moving(
-    matrix: torch.Tensor, tangent: torch.Tensor, name: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _moving(factor: Factor, tangent: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues and their derivatives, ∂λ_i = q_iᵀ ∂A q_i."""
-    matrix, tangent = (m.to("cpu", torch.float64) for m in (matrix, tangent))
+    matrix, tangent = (m.to("cpu", torch.float64) for m in (dense(factor), tangent))
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
@@ -121,14 +157,38 @@ def _moving(
     return values.clamp_min(0.0), slopes
 
 
-def _eigenvalues(matrix: torch.Tensor, name: str) -> torch.Tensor:
-    if matrix.shape[-1] == 1:
-        values = matrix[..., 0]
-    else:
-        values = _solved(matrix)
-        if not torch.isfinite(values).all():
-            values = _solved(matrix.to("cpu", torch.float64))
-    values = values.to("cpu", torch.float64)
+def _eigenvalues(named: dict[int, tuple[str, Factor]]) -> dict[int, torch.Tensor]:
+    """Eigenvalues by key, those of one size in one call and all in one transfer."""
+    matrices = {
+        key: factor.gram() if isinstance(factor, Root) else factor
+        for key, (_, factor) in named.items()
+    }
+    by_size: dict[torch.Size, list[int]] = {}
+    for key, matrix in matrices.items():
+        by_size.setdefault(matrix.shape[1:], []).append(key)
+    solved: dict[int, torch.Tensor] = {}
+    for keys in by_size.values():
+        values = _solved(torch.cat([matrices[key] for key in keys]))
+        sizes = [len(matrices[key]) for key in keys]
+        solved.update(zip(keys, values.split(sizes), strict=True))
+    return {
+        key: _checked(values, matrices[key], named[key][0])
+        for key, values in _to_cpu(solved).items()
+    }
+
+
+def _to_cpu(tensors: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """The same in float64 on the CPU."""
+    if not tensors:
+        return {}
+    flat = torch.cat([t.flatten() for t in tensors.values()]).to("cpu", torch.float64)
+    parts = flat.split([t.numel() for t in tensors.values()])
+    return {key: part.view_as(t) for (key, t), part in zip(tensors.items(), parts, strict=True)}
+
+
+def _checked(values: torch.Tensor, matrix: torch.Tensor, name: str) -> torch.Tensor:
+    if not torch.isfinite(values).all():
+        values = _solved(matrix.to("cpu", torch.float64))
     if not torch.isfinite(values).all():
         raise _not_finite(name)
     return values.clamp_min(0.0)
@@ -144,6 +204,8 @@ def _not_finite(name: str) -> ValueError:
 def _solved(matrix: torch.Tensor) -> torch.Tensor:
     # In float32 the solver may fail, or return NaN without a word (seen where one eigenvalue is
     # 1e13 times the others); both ask for another try in float64.
+    if matrix.shape[-1] == 1:
+        return matrix[..., 0]
     try:
         return torch.linalg.eigvalsh(matrix)
     except torch.linalg.LinAlgError:

@@ -9,7 +9,8 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ import torch
 from skorch import NeuralNet
 from skorch.callbacks import Callback
 
+from .budget import CurvaturePlan
 from .curvature import Batch, kronecker_factors
 from .hyperparameters import LayerwisePrior, squared_norms
-from .kronecker import spectra
+from .kronecker import Factor, spectra
 from .layers import PathwaySum
 from .marginal_likelihood import Evidence, LaplaceEvidence, LengthscaleSolver, Solver
 from .schedules import (
@@ -39,22 +41,20 @@ __all__ = [
     "ProgressLine",
     "SoftEquivariantNet",
     "TrainingData",
-    "choose_sketches",
 ]
 
 #: Name → (class, its settings). Momentum is the paper's. Adam's fused kernel replaces a dozen
-#: passes; SGD's cannot take tensors that get their first gradient later, at a release.
+#: passes; SGD's cannot take tensors that get their first gradient later, at a release. Adam's
+#: usual memory of squared gradients, .999, is longer than a fit of ten steps an epoch: where the
+#: precisions had moved it scaled steps by what no longer held, and well trained networks broke
+#: down for some epochs, some for good (docs/benchmarks.md).
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "adam": (torch.optim.Adam, {"fused": True}),
+    "adam": (torch.optim.Adam, {"fused": True, "betas": (0.9, 0.99)}),
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),
 }
 
 #: Rows of one curvature pass; bounds its memory.
 CURVATURE_BATCH = 256
-
-#: Largest number of rows × columns of the output Hessian that "auto" treats exactly.
-EXACT_COLUMNS = 4096
-
 
 #: Share of the entropy of the targets that symmetric pathways must have explained by the end of
 #: the burn-in, on the training data. Strictly invariant networks that could only memorise explained
@@ -90,6 +90,20 @@ class TrainingData(torch.utils.data.Dataset):
 
     def __getitem__(self, rows):
         return self.inputs[rows], (self.targets[rows], self.weights[rows])
+
+    @cached_property
+    def unit_weights(self) -> bool:
+        """Whether every row counts once."""
+        return bool((self.weights == 1).all())
+
+    def subset(self, size: int, seed: int) -> "TrainingData":
+        """So many random rows, in order, that stand for the same N; itself if it has no more."""
+        if size >= len(self):
+            return self
+        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        rows = rows[:size].sort().values.to(self.inputs.device)
+        inputs, (targets, weights) = self[rows]
+        return replace(self, inputs=inputs, targets=targets, weights=weights)
 
     def in_order(self, size: int) -> Iterator[Batch]:
         """Batches of at most ``size`` rows, in order."""
@@ -318,27 +332,6 @@ class SoftEquivariantNet(NeuralNet):
         )
 
 
-def choose_sketches(curvature: str, samples: int, n_rows: int, n_outputs: int) -> int:
-    """Number of Rademacher sketches of the output Hessian; 0 is exact.
-
-    Parameters
-    ----------
-    curvature : {"auto", "exact", "rademacher"}
-        "auto" is exact, and so deterministic, while rows × (K − 1) is at most
-        :data:`EXACT_COLUMNS`.
-    samples : int
-        Sketches when it is not exact.
-    n_rows, n_outputs : int
-        Size of the data, K.
-    """
-    if curvature == "exact":
-        return 0
-    if curvature == "auto" and n_rows * (n_outputs - 1) <= EXACT_COLUMNS:
-        return 0
-    # No more sketches than exact columns: those would cost less.
-    return samples if samples < n_outputs - 1 else 0
-
-
 class EvidenceStep(Callback):
     """Every few epochs after the burn-in: curvature, evidence, and steps of the precisions.
 
@@ -349,11 +342,13 @@ class EvidenceStep(Callback):
         Hyper steps at each evaluation; 0 evaluates only.
     burn_in, every : int
         Epochs before the first evaluation, and between evaluations.
-    n_sketches : int
-        See :func:`choose_sketches`.
+    plan : callable
+        From a network and a number of rows to a CurvaturePlan: how the curvature is estimated
+        during training. The rows of a subset stay the same for all of it, so that evidences
+        differ by the weights alone; the last evidence sees all rows.
     seed : int
-        Of the sketches: a generator of its own, so that learning the prior does not change the
-        order of the batches.
+        Of rows and random columns: a generator of its own, so that learning the prior does not
+        change the order of the batches.
     lengthscales : LengthscaleSolver, optional
         How the lengthscales of interpolations ascend; default: they stay.
     """
@@ -364,7 +359,7 @@ class EvidenceStep(Callback):
         steps: int,
         burn_in: int,
         every: int,
-        n_sketches: int,
+        plan: Callable[[torch.nn.Module, int], CurvaturePlan],
         seed: int,
         lengthscales: LengthscaleSolver | None = None,
     ):
@@ -372,10 +367,18 @@ class EvidenceStep(Callback):
         self.steps = steps
         self.burn_in = burn_in
         self.every = every
-        self.n_sketches = n_sketches
+        self.plan = plan
         self.seed = seed
         self.lengthscales = lengthscales
         self._slopes: dict[str, float] = {}
+        self._constants: dict[str, Factor] = {}
+        self._known: dict[int, torch.Tensor] = {}
+
+    def on_train_begin(self, net, **kwargs):
+        self.chosen = self.plan(net.module_, len(net.data_))
+        n_rows = self.chosen.n_rows if self.steps else len(net.data_)
+        self._sample: TrainingData | None = net.data_.subset(n_rows, self.seed)
+        self._constants, self._known = {}, {}
 
     def due(self, epoch: int) -> bool:
         """Whether the evidence is evaluated after this epoch."""
@@ -387,19 +390,40 @@ class EvidenceStep(Callback):
 
     def evaluate(self, net: SoftEquivariantNet) -> LaplaceEvidence:
         """The evidence at the present weights as a function of the precisions."""
-        generator = torch.Generator().manual_seed(self.seed + len(net.history))
+        assert self._sample is not None, "evidences belong to training"
+        objective = self._evaluate(net, self._sample, self._constants, self._known)
+        # An identity means nothing once its factor is gone.
+        kept = {id(factor) for factor in self._constants.values()}
+        self._known = {key: values for key, values in self._known.items() if key in kept}
+        return objective
+
+    def finish(self, net: SoftEquivariantNet, last: LaplaceEvidence | None) -> LaplaceEvidence:
+        """The evidence of all data at the end, which ``last`` is if it has seen them all."""
+        complete = self._sample is net.data_
+        self._sample, self._constants, self._known = None, {}, {}
+        return last if complete and last else self._evaluate(net, net.data_, {}, {})
+
+    def _evaluate(
+        self,
+        net: SoftEquivariantNet,
+        data: TrainingData,
+        constants: dict[str, Factor],
+        known: dict[int, torch.Tensor],
+    ) -> LaplaceEvidence:
         curvature = kronecker_factors(
             net.module_,
             net.criterion_,
-            net.data_.in_order(CURVATURE_BATCH),
-            total_weight=net.data_.n_observations,
-            n_sketches=self.n_sketches,
-            generator=generator,
+            data.in_order(CURVATURE_BATCH),
+            estimator=self.chosen.estimator,
+            total_weight=data.n_observations,
+            unit_weights=data.unit_weights,
+            generator=torch.Generator().manual_seed(self.seed + len(net.history)),
             # While the rate falls lengthscales stay: see on_epoch_end.
             lengthscales=self.lengthscales is not None and not net.course.rate.cooling,
+            constants=constants,
         )
         try:
-            eigenvalues = spectra(curvature.factors)
+            eigenvalues = spectra(curvature.factors, known)
         except ValueError as error:
             raise ValueError(net.not_finite("The curvature became infinite or NaN")) from error
         return LaplaceEvidence(
@@ -441,6 +465,8 @@ class EvidenceStep(Callback):
             net.history.record(term, value)
         net.history.record("log_marginal_likelihood", evidence.value)
         net.history.record("n_observations", net.data_.n_observations)
+        net.history.record("curvature", self.chosen.estimator.columns)
+        net.history.record("curvature_rows", min(self.chosen.n_rows, len(net.data_)))
         net.effective_dimensions_ = objective.effective_dimensions(net.prior_.log_precision.cpu())
         if not net.course.rate.cooling:  # weights that are averaged share one gauge and one Ψ
             self._slopes = objective.lengthscale_gradient(net.prior_.log_precision.cpu())
@@ -574,16 +600,16 @@ class Course(Callback):
     def on_train_end(self, net, **kwargs):
         """Take the mean weights of the cool-down, or the best state seen, and evaluate it."""
         self.mean.load(net.enabled_tensors())
-        net.laplace_ = self.evidence.evaluate(net)
-        if self.endless or self.holding:  # the precisions wait for the next evaluation
-            return
-        final = self.evidence.ascend(net, net.laplace_)
-        joint = final.log_likelihood - 0.5 * final.scatter
-        figure = (final.value if self.evidence.steps else joint) / net.data_.n_observations
-        if self.best is not None and self.best[0] > figure:
-            _restore(net, self.best[1])
-            net.laplace_ = self.evidence.evaluate(net)
+        last: LaplaceEvidence | None = self.evidence.evaluate(net)
+        if not self.endless and not self.holding:  # else the precisions wait for the next one
+            final = self.evidence.ascend(net, last)
+            joint = final.log_likelihood - 0.5 * final.scatter
+            figure = (final.value if self.evidence.steps else joint) / net.data_.n_observations
+            if self.best is not None and self.best[0] > figure:
+                _restore(net, self.best[1])
+                last = None
         self.best = None
+        net.laplace_ = self.evidence.finish(net, last)
 
 
 class WeightMean:
@@ -614,6 +640,11 @@ class WeightMean:
 
 class ProgressLine(Callback):
     """Prints a line at each evaluation; to stand before :class:`Course` among the callbacks."""
+
+    def on_train_begin(self, net, **kwargs):
+        evidence = net.course.evidence
+        if evidence.steps and not net.history:
+            print(f"curvature: {evidence.chosen.describe(len(net.data_))}")
 
     def on_epoch_end(self, net, **kwargs):
         epoch, last = len(net.history), net.history[-1]

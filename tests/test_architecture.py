@@ -27,6 +27,7 @@ ORDER = (
     "layers.contract",
     "layers.fc",
     "layers.factored",
+    "layers.torus",
     "layers.conv",
     "layers.sparse",
     "layers.group",
@@ -36,6 +37,7 @@ ORDER = (
     # inference
     "hyperparameters",
     "curvature",
+    "budget",
     "marginal_likelihood",
     "predictive",
     "symmetry",

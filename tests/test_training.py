@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import nn
 
 from sklearn_softeq import training
 from sklearn_softeq.anchors import Interpolation
+from sklearn_softeq.budget import CurvaturePlan
+from sklearn_softeq.curvature import Estimator, kronecker_factors
 from sklearn_softeq.layers import FC
 from sklearn_softeq.likelihoods import Categorical
 from sklearn_softeq.marginal_likelihood import (
@@ -25,7 +28,6 @@ from sklearn_softeq.marginal_likelihood import (
 from sklearn_softeq.networks import build_network
 from sklearn_softeq.schedules import STARTS, JointStart, LearningRate, Plateau
 from sklearn_softeq.training import (
-    EXACT_COLUMNS,
     OPTIMIZERS,
     Batches,
     Course,
@@ -33,7 +35,6 @@ from sklearn_softeq.training import (
     ProgressLine,
     SoftEquivariantNet,
     TrainingData,
-    choose_sketches,
 )
 
 K = 3
@@ -56,6 +57,21 @@ def data_of(n=12, shape=(1, 4, 4), dtype=torch.float64, n_observations=None, wei
     return TrainingData(inputs, torch.randint(K, (n,)), weights, total)
 
 
+def plan(n_sketches, subset, network, n_rows):
+    """So many sketches, 0 for all columns, of so many rows."""
+    estimator = Estimator("rademacher", n_sketches) if n_sketches else Estimator()
+    return CurvaturePlan(estimator, subset or n_rows)
+
+
+EXACT = partial(plan, 0, None)
+
+
+def begin(net, data):
+    """As far as training does before its first epoch."""
+    net.data_ = data
+    net.course.evidence.on_train_begin(net)
+
+
 def net_of(
     module=build_network,
     *,
@@ -67,6 +83,7 @@ def net_of(
     burn_in=2,
     every=2,
     n_sketches=0,
+    subset=None,
     evidence_seed=0,
     lengthscales=None,
     schedule="constant",
@@ -88,7 +105,13 @@ def net_of(
     if evidence is None:
         solver = solver or FixedPointSolver()
         evidence = EvidenceStep(
-            solver, steps, burn_in, every, n_sketches, evidence_seed, lengthscales
+            solver,
+            steps,
+            burn_in,
+            every,
+            partial(plan, n_sketches, subset),
+            evidence_seed,
+            lengthscales,
         )
     start = STARTS[start]() if isinstance(start, str) else start
     rate = LearningRate(schedule, lr, max_epochs)
@@ -394,37 +417,12 @@ def test_stiff_decay_uses_the_rate_of_the_step():
 def test_adam_never_decays_implicitly():
     data = data_of()
     net = net_of(precision=1e7, max_epochs=1)
-    net.data_ = data
+    begin(net, data)
     net.update_decay()
     assert [implicit for *_, implicit in net.decay_] == [False] * len(net.prior_.index)
     assert [decay for _, decay, _ in net.decay_] == pytest.approx(
         [1e7 / data.n_observations] * len(net.prior_.index)
     )
-
-
-# ── sketches
-
-
-@pytest.mark.parametrize(
-    ("curvature", "samples", "n_rows", "n_outputs", "expected"),
-    [
-        ("exact", 1, 10**6, 1000, 0),
-        ("auto", 1, EXACT_COLUMNS, 2, 0),
-        ("auto", 1, EXACT_COLUMNS + 1, 2, 0),  # one column: no sketch is cheaper
-        ("auto", 1, EXACT_COLUMNS // 9, 10, 0),
-        ("auto", 1, EXACT_COLUMNS // 9 + 1, 10, 1),
-        ("auto", 8, 5000, 10, 8),
-        ("auto", 9, 5000, 10, 0),
-        ("auto", 1, 10**6, 1, 0),
-        ("rademacher", 1, 10, 10, 1),
-        ("rademacher", 3, 10, 10, 3),
-        ("rademacher", 9, 10, 10, 0),
-        ("rademacher", 1, 10, 3, 1),
-        ("rademacher", 1, 10, 2, 0),
-    ],
-)
-def test_sketches(curvature, samples, n_rows, n_outputs, expected):
-    assert choose_sketches(curvature, samples, n_rows, n_outputs) == expected
 
 
 # ── the evidence step
@@ -435,7 +433,7 @@ def test_sketches(curvature, samples, n_rows, n_outputs, expected):
     [(3, 4, [3, 7, 11, 15]), (0, 5, [5, 10, 15]), (6, 1, [*range(6, 17)]), (20, 4, [])],
 )
 def test_epochs_of_the_evidence(burn_in, every, expected):
-    step = EvidenceStep(FixedPointSolver(), 1, burn_in, every, 0, 0)
+    step = EvidenceStep(FixedPointSolver(), 1, burn_in, every, EXACT, 0)
     assert [epoch for epoch in range(1, 17) if step.due(epoch)] == expected
 
 
@@ -443,7 +441,7 @@ def evaluated(seed, n_epochs=0, n_sketches=1):
     torch.manual_seed(5)
     data = data_of()
     net = net_of(evidence_seed=seed, n_sketches=n_sketches)
-    net.data_ = data
+    begin(net, data)
     for _ in range(n_epochs):
         net.history.new_epoch()
     state = torch.get_rng_state()
@@ -463,7 +461,7 @@ def test_evidence_is_deterministic_for_a_seed():
 def test_evidence_is_that_of_the_weights_the_data_and_n():
     data = data_of(n_observations=50.0)
     net = net_of(pathways=ALL, precision=2.0)
-    net.data_ = data
+    begin(net, data)
     net.module_.blocks[0].enabled["fc"] = False
     found = net.callbacks_[0][1].evaluate(net).evidence(net.prior_.log_precision)
     log_p = net.module_(data.inputs).log_softmax(1)[range(12), data.targets]
@@ -482,7 +480,7 @@ def test_hyper_steps_raise_the_evidence_and_are_recorded():
             looks.append((net.prior_.log_precision.clone(), weights_of(net)))
 
     solver = FixedPointSolver()
-    evidence = EvidenceStep(solver, 4, 2, 3, 0, 0)
+    evidence = EvidenceStep(solver, 4, 2, 3, EXACT, 0)
     net = net_of(evidence=evidence, max_epochs=6, keep_best=False)
     net.callbacks_.insert(0, ("before", Before()))
     net.partial_fit(data)
@@ -495,7 +493,7 @@ def test_hyper_steps_raise_the_evidence_and_are_recorded():
         with torch.no_grad():
             for name, w in net.module_.named_parameters():
                 w.copy_(weights[name])
-        net.data_ = data
+        begin(net, data)
         objective = evidence.evaluate(net)
         start = objective.evidence(log_precision).value
         for _ in range(4):
@@ -528,11 +526,11 @@ def test_no_hyper_step_without_steps_or_before_the_burn_in(steps, burn_in):
 def test_the_end_takes_the_hyper_steps_at_the_final_weights(steps):
     data, record = data_of(), Record()
     solver = FixedPointSolver()
-    evidence = EvidenceStep(solver, steps, 2, 3, 0, 0)
+    evidence = EvidenceStep(solver, steps, 2, 3, EXACT, 0)
     net = net_of(evidence=evidence, keep_best=False, callbacks=[("record", record)])
     net.partial_fit(data)
     assert_weights(net, record.weights[-1])
-    net.data_ = data
+    begin(net, data)
     expected = torch.tensor([*record.precisions[-1].values()], dtype=torch.float64).log()
     objective = evidence.evaluate(net)
     for _ in range(steps):
@@ -747,9 +745,9 @@ def test_another_net_takes_the_lengthscales_over():
 
 def test_slopes_do_not_know_of_the_gauge():
     data = data_of()
-    evidence = EvidenceStep(FixedPointSolver(), 1, 1, 1, 0, 0, LengthscaleSolver())
+    evidence = EvidenceStep(FixedPointSolver(), 1, 1, 1, EXACT, 0, LengthscaleSolver())
     net = net_of(pathways=("sparse_fc",), evidence=evidence, max_epochs=1)
-    net.data_ = data
+    begin(net, data)
     u, v = (f"blocks.0.sparse_fc.{factor}.weight" for factor in "UV")
     with torch.no_grad():
         net.module_.get_parameter(u).mul_(1e-3)

@@ -34,10 +34,13 @@ class SharedLinear(nn.Module, ABC):
 
     Attributes
     ----------
+    n_positions : int
+        S, kept positions only.
     interpolation : Interpolation or None
         Where the map is given at anchors: what stands between them and the pixels.
     """
 
+    n_positions: int = 1
     bias: nn.Parameter  # None in a map without one
     interpolation: Interpolation | None
 
@@ -87,6 +90,11 @@ class SharedLinear(nn.Module, ABC):
         tokens = self.input_tokens(inputs)
         if root_weight is not None:
             tokens = tokens * root_weight[:, None, None, None]
+        return outer(tokens, tokens)
+
+    def gradient_gram(self, grads: torch.Tensor) -> torch.Tensor:
+        """Γ_b = Σ_n Σ_s g gᵀ without the division by S, shape (B, d_out, d_out)."""
+        tokens = self.gradient_tokens(grads)
         return outer(tokens, tokens)
 
     def input_tangent(self, inputs: torch.Tensor) -> torch.Tensor | None:

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from ..groups import P1
-from .contract import Grid, Pathway, SharedLinear
+from .contract import Grid, Pathway, SharedLinear, strided
+from .torus import circular_pad
 
-__all__ = ["Conv", "circular_pad"]
+__all__ = ["Conv", "circular_gram"]
 
 
 class Conv(SharedLinear, Pathway):
@@ -44,6 +45,7 @@ class Conv(SharedLinear, Pathway):
         self.stride = stride
         n_taps = n_taps or math.prod(self.kernel)
         super().__init__(1, in_channels * n_taps, n_filters or out_channels)
+        self.n_positions = math.prod(strided(grid, stride))
 
     @staticmethod
     def kernel_for(grid: Grid) -> Grid:
@@ -59,42 +61,77 @@ class Conv(SharedLinear, Pathway):
         return self.weight.view(-1, self.in_channels, *self.kernel)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        padded = circular_pad(inputs, self.kernel, self.stride)
-        return nn.functional.conv2d(padded, self.filters(), self.bias, self.stride)
+        return nn.functional.conv2d(self.pad(inputs), self.filters(), self.bias, self.stride)
+
+    def pad(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Feature maps with the rows and columns of the torus beside them that filters read."""
+        margins = []
+        for side, taps, step in zip(inputs.shape[2:], self.kernel, self.stride, strict=True):
+            # At stride 2 and an even side nothing beyond the last pixel is read.
+            margins.append((taps // 2, 0 if step == 2 and side % 2 == 0 else taps // 2))
+        return circular_pad(inputs, *margins)
 
     def patches(self, inputs: torch.Tensor) -> torch.Tensor:
-        """What each kept position sees, (n, Y, 1, C·k²)."""
-        padded = circular_pad(inputs, self.kernel, self.stride)
-        patches = nn.functional.unfold(padded, self.kernel, stride=self.stride)  # (n, C·k², Y)
-        return patches.transpose(1, 2)[:, :, None]
+        """What each kept position sees, (n, C·k², Y)."""
+        return nn.functional.unfold(self.pad(inputs), self.kernel, stride=self.stride)
 
     def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.patches(inputs)
+        return self.patches(inputs).transpose(1, 2)[:, :, None]  # (n, Y, 1, C·k²)
+
+    def input_gram(self, inputs: torch.Tensor, root_weight: torch.Tensor | None) -> torch.Tensor:
+        return self.patch_gram(inputs, root_weight)[None]
+
+    def patch_gram(self, inputs: torch.Tensor, root_weight: torch.Tensor | None) -> torch.Tensor:
+        """Σ_n Σ_y w_n patch patchᵀ over the kept positions, (C·k², C·k²)."""
+        if root_weight is not None:
+            inputs = inputs * root_weight[:, None, None, None]
+        if self.stride == (1, 1):
+            return circular_gram(inputs, self.kernel)
+        return _gram(self.patches(inputs))  # few positions: their patches are as cheap
 
     def gradient_tokens(self, grads: torch.Tensor) -> torch.Tensor:
-        return grads.flatten(2).transpose(1, 2)[:, :, None]  # (n, Y, 1, D)
+        return self.fields(grads).transpose(1, 2)[:, :, None]  # (n, S, 1, D)
+
+    def gradient_gram(self, grads: torch.Tensor) -> torch.Tensor:
+        return _gram(self.fields(grads))[None]
+
+    def fields(self, grads: torch.Tensor) -> torch.Tensor:
+        """The rows of the weight at all their positions, (n, D, S)."""
+        return grads.flatten(2)
 
 
-def circular_pad(inputs: torch.Tensor, kernel: Grid, stride: Grid) -> torch.Tensor:
-    """Feature maps with the rows and columns of the torus beside them that a filter reads.
+def _gram(rows: torch.Tensor) -> torch.Tensor:
+    """Σ_n r rᵀ of matrices (n, d, S), shape (d, d)."""
+    d, length = rows.shape[1:]
+    if length < d:
+        rows = rows.transpose(0, 1).flatten(1)
+        return rows @ rows.T
+    # A product for each sample is faster than to bring long rows together.
+    return torch.bmm(rows, rows.transpose(1, 2)).sum(0)
+
+
+def circular_gram(inputs: torch.Tensor, kernel: Grid) -> torch.Tensor:
+    """Σ_n Σ_y of patch patchᵀ at stride 1, (C·k², C·k²), without the patches.
+
+    On a torus Σ_y f[c, y + u] f[c', y + v] depends on v − u alone: R[c, c', v − u], of which the
+    half with v − u ≥ 0 along the rows is enough, as R[c, c', −t] = R[c', c, t]. R is the gradient
+    of a convolution of f with itself in its filter, which is a single pass over f.
 
     Parameters
     ----------
     inputs : tensor of shape (n, C, H, W)
-    kernel, stride : pair of int
-        Of the convolution that follows. At stride 2 and an even side nothing beyond the last
-        pixel is read.
+    kernel : pair of int
+        Odd sides of the patch.
     """
-    # Concatenation is several times faster than torch's circular padding on the CPU, and the
-    # backward pass of one split faster than that of two slices.
-    for dim, taps, step in ((2, kernel[0], stride[0]), (3, kernel[1], stride[1])):
-        side = inputs.shape[dim]
-        if taps == 1:
-            continue
-        if step == 2 and side % 2 == 0:
-            rest, last = inputs.split((side - 1, 1), dim)
-            inputs = torch.cat([last, rest, last], dim)
-        else:
-            first, rest, last = inputs.split((1, side - 2, 1), dim)
-            inputs = torch.cat([last, first, rest, last, first], dim)
-    return inputs
+    channels = inputs.shape[1]
+    rows, columns = kernel[0] - 1, kernel[1] - 1  # largest offset along each axis
+    ahead = circular_pad(inputs, (0, rows), (columns, columns))
+    shape = (channels, channels, rows + 1, 2 * columns + 1)
+    half = torch.nn.grad.conv2d_weight(ahead, shape, inputs)  # (C, C', v − u)
+    behind = half[:, :, 1:].transpose(0, 1).flip(2, 3)
+    correlation = torch.cat([behind, half], 2)  # Eq. Toeplitz A
+    u, v = (torch.arange(side, device=inputs.device) for side in kernel)
+    at = (u - u[:, None] + rows).flatten(), (v - v[:, None] + columns).flatten()
+    spread = correlation[:, :, at[0]][..., at[1]]  # (C, C', k·k, k·k)
+    spread = spread.unflatten(3, (kernel[1], -1)).unflatten(2, (kernel[0], -1))
+    return spread.permute(0, 2, 4, 1, 3, 5).reshape(2 * (channels * math.prod(kernel),))

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..groups import PointGroup
-from .contract import Grid, LayerSpec, outer
-from .conv import Conv, circular_pad
+from .contract import Grid, LayerSpec
+from .conv import Conv
 
 __all__ = ["GroupConv"]
 
@@ -58,6 +58,7 @@ class GroupConv(Conv):
         out_group = out_group or group
         n_out = out_channels // group.order  # one filter for all orientations of an output
         super().__init__(in_channels, out_channels, grid, stride, n_filters=n_out)
+        self.n_positions *= group.order
         self.group = group
         self.in_group = in_group or group
         self.out_group = out_group
@@ -92,28 +93,26 @@ class GroupConv(Conv):
         return moved.view(-1, self.in_channels, *self.kernel)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        padded = circular_pad(inputs, self.kernel, self.stride)
         bias = self.bias.index_select(0, self._places // self.group.order)  # (D·G,)
-        return nn.functional.conv2d(padded, self.filters(), bias, self.stride)
+        return nn.functional.conv2d(self.pad(inputs), self.filters(), bias, self.stride)
 
     def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:
-        patches = self.patches(inputs)[:, :, 0]  # (n, Y, C·G·k²)
+        patches = self.patches(inputs).transpose(1, 2)  # (n, Y, C·G·k²)
         return patches[:, :, self._patch].transpose(1, 2).flatten(1, 2)[:, :, None]
 
     def input_gram(self, inputs: torch.Tensor, root_weight: torch.Tensor | None) -> torch.Tensor:
         # Permuting a patch permutes its moments: no need for G times the patches.
-        patches = self.patches(inputs)
-        if root_weight is not None:
-            patches = patches * root_weight[:, None, None, None]
-        gram = outer(patches, patches)[0]
+        gram = self.patch_gram(inputs, root_weight)
         total = torch.zeros_like(gram)
         for places in self._patch:
             total += gram[places][:, places]
         return total[None]
 
-    def gradient_tokens(self, grads: torch.Tensor) -> torch.Tensor:
-        sorted_ = grads.flatten(2)[:, self._rows].unflatten(1, (-1, self.group.order))
-        return sorted_.permute(0, 2, 3, 1).flatten(1, 2)[:, :, None]  # (n, G·Y, 1, D)
+    def fields(self, grads: torch.Tensor) -> torch.Tensor:
+        grads = grads.flatten(2)
+        if not self._in_order:
+            grads = grads.index_select(1, self._rows)
+        return grads.unflatten(1, (-1, self.group.order)).flatten(2)  # (n, D, G·Y)
 
 
 def _taps(group: PointGroup, axis: PointGroup, channels: int, kernel: Grid) -> torch.Tensor:

@@ -19,6 +19,7 @@ from .factored import FactoredFC
 from .fc import FC
 from .group import GroupConv
 from .sparse import SparseConv, SparseFC
+from .torus import shift
 
 __all__ = [
     "PATHWAYS",
@@ -179,10 +180,7 @@ def keep_largest_grid(inputs: torch.Tensor, stride: Grid) -> torch.Tensor:
     norms = cells.sum((1, 3)).flatten(1)  # Eq. polyphase choice, (n, rows · columns)
     nearly = norms.amax(1, keepdim=True) * (1 - 32 * torch.finfo(norms.dtype).eps)
     best = (norms >= nearly).byte().argmax(1)
-    for dim, phase in ((2, best // columns), (3, best % columns)):
-        moved = (phase == 1)[:, None, None, None]
-        inputs = torch.where(moved, torch.roll(inputs, -1, dim), inputs)
-    return inputs
+    return shift(inputs, best // columns, best % columns)
 
 
 def untrained_free_layer(

@@ -172,11 +172,18 @@ class SparseConv(Conv):
     def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:
         return self._projected(inputs, self.interpolation.matrix)  # (n, Y, 1, C·M)
 
+    def input_gram(self, inputs: torch.Tensor, root_weight: torch.Tensor | None) -> torch.Tensor:
+        gram = self.patch_gram(inputs, root_weight)
+        gram = gram.unflatten(1, (self.in_channels, -1)).unflatten(0, (self.in_channels, -1))
+        psi = self.interpolation.matrix
+        gram = psi @ gram.transpose(1, 2) @ psi.T  # Eq. Ψ A Ψᵀ, (C, C', M, M)
+        return gram.transpose(1, 2).flatten(2).flatten(0, 1)[None]
+
     def input_tangent(self, inputs: torch.Tensor) -> torch.Tensor:
         return self._projected(inputs, self.interpolation.tangent())
 
     def _projected(self, inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        patches = self.patches(inputs).unflatten(3, (self.in_channels, -1))
+        patches = super().input_tokens(inputs).unflatten(3, (self.in_channels, -1))
         return (patches @ matrix.T).flatten(3)
 
 
