@@ -18,7 +18,7 @@ __all__ = ["BUDGET", "EXACT_COLUMNS", "MAX_ROWS", "MIN_ROWS", "CurvaturePlan", "
 
 #: Share of the time of training that the evidences within it may take. What is left of a tenth is
 #: for the last one, which sees all data.
-BUDGET = 0.08
+BUDGET = 0.07
 
 #: Rows × columns of the output Hessian that "auto" treats exactly whatever their share of the
 #: time is: that is a fraction of a second, and a fit that hangs on no chance.

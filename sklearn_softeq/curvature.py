@@ -50,7 +50,7 @@ class Likelihood(Protocol):
 
 #: Columns v of the output Hessian, (n, K, columns), with Σ v vᵀ equal to it or its mean: by name,
 #: from a likelihood, the outputs, a number of random columns and their source.
-COLUMNS: dict[str, Callable[[Likelihood, torch.Tensor, int, torch.Generator], torch.Tensor]] = {
+COLUMNS: dict[str, Callable[..., torch.Tensor]] = {
     "exact": lambda likelihood, outputs, *_: likelihood.hessian_root(outputs),
     "rademacher": lambda likelihood, *rest: likelihood.hessian_sketch(*rest),
     "monte_carlo": lambda likelihood, *rest: likelihood.hessian_labels(*rest),
@@ -89,13 +89,24 @@ class Estimator:
         likelihood: Likelihood,
         outputs: torch.Tensor,
         generator: torch.Generator | None,
+        n_rows: int,
+        own: slice,
     ) -> tuple[torch.Tensor, ...]:
-        """Columns v of the output Hessian, (n, K) each."""
+        """Columns v of the output Hessian, (n, K) each.
+
+        The random ones of a row are the same whoever draws them: they are drawn for all
+        ``n_rows`` of a batch, of which the outputs are those that a slice takes.
+        """
         assert generator is not None or self.columns == "exact"
-        return COLUMNS[self.columns](likelihood, outputs, self.samples, generator).unbind(-1)
+        everyone = outputs.new_zeros(n_rows, outputs.shape[1])
+        everyone[own] = outputs
+        found = COLUMNS[self.columns](likelihood, everyone, self.samples, generator)
+        return found[own].unbind(-1)
 
 
 EXACT = Estimator()
+
+EVERY_ROW = slice(None)
 
 
 class Curvature(NamedTuple):
@@ -121,6 +132,7 @@ def kronecker_factors(
     generator: torch.Generator | None = None,
     lengthscales: bool = False,
     constants: dict[str, Factor] | None = None,
+    own: slice = EVERY_ROW,
     reduction: Reduction | None = None,
 ) -> Curvature:
     """Factors of each tensor of each :class:`SharedLinear` that the network uses.
@@ -151,9 +163,11 @@ def kronecker_factors(
         Input factors of the maps that see the images themselves, by name: they hang on no
         weight. Those that are there are taken, the others are put in. Keep it for the same
         batches only.
+    own : slice, optional
+        The rows of each batch that this process sees, if others see the rest.
     reduction : callable, optional
-        Adds the entries of a flat float64 tensor, in place, to those of the other processes that
-        see other batches. Default: there are none.
+        Adds the entries of a flat float64 tensor, in place, to those of the other processes.
+        Default: there are none.
 
     Returns
     -------
@@ -162,7 +176,8 @@ def kronecker_factors(
     constants = {} if constants is None else constants
     sums: dict[str, _FactorSums] = {}
     seen: list[torch.Tensor] = []  # (log likelihood, weight) of each batch
-    for inputs, targets, weights in batches:
+    for batch in batches:
+        inputs, targets, weights = (column[own] for column in batch)
         with torch.enable_grad(), _recorded(network) as record:
             outputs = network(inputs)
         detached = outputs.detach()
@@ -178,7 +193,7 @@ def kronecker_factors(
             moving = {name: r for name, r in record.items() if r.layer.interpolation is not None}
             for name, grad in _gradients(outputs, moving, score, keep=True):
                 sums[name].add_score(record[name].inputs, grad)
-        columns = estimator.draw(likelihood, detached, generator)
+        columns = estimator.draw(likelihood, detached, generator, len(batch[0]), own)
         for i, column in enumerate(columns, 1):  # (n, K)
             weighted = column if root_weight is None else column * root_weight[:, None]
             for name, grad in _gradients(outputs, record, weighted, keep=i < len(columns)):

@@ -16,6 +16,7 @@ from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
+from .batches import AUGMENTATIONS, Batches, TrainingData
 from .budget import plan_curvature
 from .curvature import COLUMNS, KFAC_FORMS
 from .groups import GROUPS
@@ -24,6 +25,7 @@ from .likelihoods import Categorical
 from .marginal_likelihood import HYPER_SOLVERS, LengthscaleSolver
 from .networks import ARCHITECTURES, build_network
 from .predictive import log_odds, map_outputs
+from .processes import joined
 from .schedules import LR_SCHEDULES, STARTS, LearningRate, Plateau
 from .symmetry import (
     enabled_table,
@@ -36,14 +38,13 @@ from .symmetry import (
     sum_table,
 )
 from .training import (
+    AMP_DTYPES,
     CURVATURE_BATCH,
     OPTIMIZERS,
-    Batches,
     Course,
     EvidenceStep,
     ProgressLine,
     SoftEquivariantNet,
-    TrainingData,
 )
 from .validation import (
     check_classes,
@@ -158,6 +159,19 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         paper). "constant".
     optimizer : {"adam", "sgd"}, default="adam"
         Of the weights. "sgd" has momentum 0.9 (the paper).
+    augment : {"crop_flip"} or callable, default=None
+        What is done to the images of a batch before each step of the weights; the evidence is
+        that of the images as they are. "crop_flip": random crops of images with a margin of an
+        eighth of their sides, and random reflections left ↔ right. A callable takes a tensor
+        (n, C, H, W), standardised and on the device, and returns one of the same shape; torch's
+        random numbers in it follow ``random_state``.
+    amp : {"bf16"}, default=None
+        Type of the activations in steps of the weights: half the memory, and faster on recent
+        GPUs. Weights, curvature, evidence and predictions stay as they are.
+    compile : bool, default=False
+        Run the steps of the weights through ``torch.compile``: faster after minutes of
+        compilation, which has to be repeated when pathways are released or removed. Curvature,
+        evidence and predictions stay as they are.
     class_weight : dict or "balanced", default=None
         Weights of the classes; they multiply ``sample_weight``.
     device : str or torch.device, default="auto"
@@ -283,6 +297,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         "lr": [Interval(Real, 0, None, closed="neither")],
         "lr_schedule": [StrOptions(set(LR_SCHEDULES))],
         "optimizer": [StrOptions(set(OPTIMIZERS))],
+        "augment": [StrOptions(set(AUGMENTATIONS)), callable, None],
+        "amp": [StrOptions(set(AMP_DTYPES)), None],
+        "compile": ["boolean"],
         "class_weight": [dict, StrOptions({"balanced"}), None],
         "device": [str, torch.device],
         "dtype": [StrOptions({"auto", "float32", "float64"})],
@@ -322,6 +339,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         lr=0.01,
         lr_schedule="cooldown",
         optimizer="adam",
+        augment=None,
+        amp=None,
+        compile=False,
         class_weight=None,
         device="auto",
         dtype="auto",
@@ -357,6 +377,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.lr = lr
         self.lr_schedule = lr_schedule
         self.optimizer = optimizer
+        self.augment = augment
+        self.amp = amp
+        self.compile = compile
         self.class_weight = class_weight
         self.device = device
         self.dtype = dtype
@@ -535,7 +558,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
     def _build_net(self, data, previous, endless=False) -> SoftEquivariantNet:
         """A net that is ready to train, from a random start or from a previous net."""
-        seeds = check_random_state(self.random_state).randint(2**31 - 1, size=3).tolist()
+        processes = joined(self.device_)
+        seeds = check_random_state(self.random_state).randint(2**31 - 1, size=4).tolist()
+        seeds = processes.agreed(seeds)  # random_state=None is another one in each process
         optimizer, settings = OPTIMIZERS[self.optimizer]
         pathways = check_names(self.pathways, PATHWAYS, "pathways")
         net = SoftEquivariantNet(
@@ -547,12 +572,16 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             batch_size=self.batch_size,
             iterator_train=Batches,
             iterator_train__random_state=np.random.RandomState(seeds[1]),
+            iterator_train__augment=AUGMENTATIONS.get(self.augment, self.augment),
+            iterator_train__augment_seed=seeds[3],
             train_split=None,
             callbacks=self._callbacks(data, previous, endless, seeds[0]),
             verbose=0,
             device=str(self.device_),
             prior_precision=self.prior_precision,
             seed=seeds[2],
+            amp=self.amp,
+            compiled=self.compile,
             module__image_shape=self.image_shape_,
             module__n_outputs=len(self.classes_),
             module__pathways=pathways,

@@ -7,10 +7,8 @@ learning rate, release of pathways and the end.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,12 +16,14 @@ import torch
 from skorch import NeuralNet
 from skorch.callbacks import Callback
 
+from .batches import TrainingData
 from .budget import CurvaturePlan
-from .curvature import Batch, kronecker_factors
+from .curvature import kronecker_factors
 from .hyperparameters import LayerwisePrior, squared_norms
 from .kronecker import Factor, spectra
 from .layers import PathwaySum
 from .marginal_likelihood import Evidence, LaplaceEvidence, LengthscaleSolver, Solver
+from .processes import ALONE, joined
 from .schedules import (
     JointStart,
     LearningRate,
@@ -32,15 +32,15 @@ from .schedules import (
     fix_gauge,
     restart_jointly,
 )
+from .states import State, WeightMean, restore, state_of
 
 __all__ = [
+    "AMP_DTYPES",
     "OPTIMIZERS",
-    "Batches",
     "Course",
     "EvidenceStep",
     "ProgressLine",
     "SoftEquivariantNet",
-    "TrainingData",
 ]
 
 #: Name → (class, its settings). Momentum is the paper's. Adam's fused kernel replaces a dozen
@@ -53,6 +53,9 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),
 }
 
+#: Name → type of the activations of MAP steps; curvature and predictions stay as they are.
+AMP_DTYPES = {"bf16": torch.bfloat16}
+
 #: Rows of one curvature pass; bounds its memory.
 CURVATURE_BATCH = 256
 
@@ -64,73 +67,6 @@ LEARNT = 0.2
 
 class _StopTraining(Exception):
     """A user's callback has asked to stop."""
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingData(torch.utils.data.Dataset):
-    """Images, targets and weights on one device, indexed by whole batches of rows.
-
-    Parameters
-    ----------
-    inputs : tensor of shape (n, C, H, W)
-    targets : tensor of shape (n,)
-    weights : tensor of shape (n,)
-        Repetitions of each row, positive.
-    n_observations : float
-        N, the weight that the data stand for: their sum, or more when they are one chunk of many.
-    """
-
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    weights: torch.Tensor
-    n_observations: float
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitem__(self, rows):
-        return self.inputs[rows], (self.targets[rows], self.weights[rows])
-
-    @cached_property
-    def unit_weights(self) -> bool:
-        """Whether every row counts once."""
-        return bool((self.weights == 1).all())
-
-    def subset(self, size: int, seed: int) -> "TrainingData":
-        """So many random rows, in order, that stand for the same N; itself if it has no more."""
-        if size >= len(self):
-            return self
-        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        rows = rows[:size].sort().values.to(self.inputs.device)
-        inputs, (targets, weights) = self[rows]
-        return replace(self, inputs=inputs, targets=targets, weights=weights)
-
-    def in_order(self, size: int) -> Iterator[Batch]:
-        """Batches of at most ``size`` rows, in order."""
-        columns = (self.inputs, self.targets, self.weights)
-        return zip(*(column.split(size) for column in columns), strict=True)
-
-
-class Batches:
-    """Iterates over shuffled batches of nearly equal size, at most ``batch_size``.
-
-    One step on a left-over batch of a few rows would be all noise, so the rows are spread evenly.
-    """
-
-    def __init__(self, dataset: TrainingData, batch_size: int, random_state: np.random.RandomState):
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.random_state = random_state
-
-    def __iter__(self):
-        n_rows = len(self.dataset)
-        if n_rows <= self.batch_size:
-            # The whole data in their own order: nothing here may depend on n or on a shuffle.
-            yield self.dataset[:]
-            return
-        order = torch.from_numpy(self.random_state.permutation(n_rows))
-        for rows in torch.tensor_split(order, math.ceil(n_rows / self.batch_size)):
-            yield self.dataset[rows.to(self.dataset.inputs.device)]
 
 
 class SoftEquivariantNet(NeuralNet):
@@ -146,11 +82,28 @@ class SoftEquivariantNet(NeuralNet):
         Start of every δ.
     seed : int, default=0
         Of random starts; torch's global generator is neither used nor touched.
+    amp : {"bf16"} or None, default=None
+        Type of the activations of MAP steps, with weights kept as they are.
+    compiled : bool, default=False
+        Whether MAP steps run through torch.compile.
     """
 
-    def __init__(self, *args, prior_precision: float = 1.0, seed: int = 0, **kwargs):
+    processes_ = ALONE  # but for the time of training
+    compiled_: Callable | None = None
+
+    def __init__(
+        self,
+        *args,
+        prior_precision: float = 1.0,
+        seed: int = 0,
+        amp: str | None = None,
+        compiled: bool = False,
+        **kwargs,
+    ):
         self.prior_precision = prior_precision
         self.seed = seed
+        self.amp = amp
+        self.compiled = compiled
         super().__init__(*args, **kwargs)
 
     def initialize_module(self):
@@ -190,14 +143,16 @@ class SoftEquivariantNet(NeuralNet):
                 "pathways, architecture, width and anchor_fraction; at least one has changed. "
                 "Set warm_start=False, or fit a new estimator."
             )
-        _restore(self, _state(previous))
+        restore(self.module_, self.prior_, state_of(previous.module_, previous.prior_))
         if history:
             self.history_ = copy.deepcopy(previous.history)
 
     def partial_fit(self, X, y=None, classes=None, **fit_params):
         """Train on a :class:`TrainingData`; an interrupt is not swallowed, unlike skorch's."""
-        # The data and the decays are kept during training only.
+        # Kept during training only.
         self.data_, self.weight_sum_, self.stop_ = X, X.weights.sum(), False
+        self.processes_ = joined(X.inputs.device)
+        self.compiled_ = torch.compile(self.module_.forward) if self.compiled else None
         self.update_decay()
         try:
             with suppress(_StopTraining):
@@ -206,12 +161,13 @@ class SoftEquivariantNet(NeuralNet):
             with suppress(_StopTraining):
                 self.notify("on_train_end", X=X, y=y)
         finally:
-            del self.data_, self.decay_, self.weight_sum_
+            del self.data_, self.decay_, self.weight_sum_, self.processes_, self.compiled_
         return self
 
     def fit_loop(self, X, y=None, epochs=None, **fit_params):
         """Skorch's loop without a validation set, until ``stop_`` is set or the cap is reached."""
         batches = self.get_iterator(X, training=True)
+        batches.processes = self.processes_
         for _ in range(self.max_epochs if epochs is None else epochs):
             self.notify("on_epoch_begin", dataset_train=X, dataset_valid=None)
             self.run_single_epoch(
@@ -233,19 +189,57 @@ class SoftEquivariantNet(NeuralNet):
                     raise
                 raise _StopTraining from None
 
+    def run_single_epoch(self, iterator, training, prefix, step_fn, **fit_params):
+        """As skorch's, but losses are read back from the device once, at the end of the epoch."""
+        losses = []
+        for batch in iterator:
+            self.notify("on_batch_begin", batch=batch, training=training)
+            step = step_fn(batch, **fit_params)
+            losses.append(step["loss"].detach())
+            self.history.record_batch(f"{prefix}_loss", losses[-1])
+            self.history.record_batch(f"{prefix}_batch_size", batch[1][2])
+            self.notify("on_batch_end", batch=batch, training=training, **step)
+        self.history.record(f"{prefix}_batch_count", len(losses))
+        found = torch.stack(losses)
+        self.processes_.add(found)
+        for row, loss in zip(self.history[-1]["batches"], found.tolist(), strict=True):
+            row[f"{prefix}_loss"] = loss
+
+    def infer(self, x, **fit_params):
+        """Outputs of a MAP step."""
+        forward = self.compiled_ or self.module_
+        if self.amp is None:
+            return forward(x)
+        with torch.autocast(x.device.type, AMP_DTYPES[self.amp]):
+            return forward(x).to(x.dtype)
+
     def get_loss(self, y_pred, y_true, X=None, training=False):
-        """(rows / |B|) Σ_B w (−log p) / Σ_D w, unbiased for the weighted mean over the data D."""
-        targets, weights = y_true
-        log_prob = self.criterion_.log_prob(y_pred, targets)  # (|B|,)
+        """(rows / |B|) Σ_B w (−log p) / Σ_D w, unbiased for the weighted mean over the data D.
+
+        Of several processes each has the part of its own rows of B.
+        """
+        targets, weights, n_rows = y_true
+        log_prob = self.criterion_.log_prob(y_pred, targets)  # (own rows of B,)
         # Eq. MAP loss, its part in the likelihood
-        return -(weights * log_prob).sum() * (len(self.data_) / len(targets)) / self.weight_sum_
+        return -(weights * log_prob).sum() * (len(self.data_) / n_rows) / self.weight_sum_
 
     def train_step_single(self, batch, **fit_params):
         step = super().train_step_single(batch, **fit_params)
+        self._add_gradients()
         for parameter, decay, implicit in self.decay_:
             if parameter.grad is not None and not implicit:
                 parameter.grad.add_(parameter.detach(), alpha=decay)  # Eq. prior's gradient
         return step
+
+    def _add_gradients(self) -> None:
+        """Sum the gradients of all processes, in one go."""
+        if self.processes_.size == 1:
+            return
+        grads = [p.grad for p in self.module_.parameters() if p.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        self.processes_.add(flat)
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
 
     @torch.no_grad()
     def train_step(self, batch, **fit_params):
@@ -288,7 +282,7 @@ class SoftEquivariantNet(NeuralNet):
         for inputs, targets, weights in self.data_.in_order(CURVATURE_BATCH):
             log_prob = self.criterion_.log_prob(self.module_(inputs), targets)
             log_likelihood += torch.dot(weights.double(), log_prob.double()).item()
-        return 1.0 - log_likelihood / constant
+        return self.processes_.agreed(1.0 - log_likelihood / constant)
 
     def enabled_tensors(self) -> dict[str, torch.Tensor]:
         """The named parameters without those of pathways that are switched off."""
@@ -410,6 +404,7 @@ class EvidenceStep(Callback):
         constants: dict[str, Factor],
         known: dict[int, torch.Tensor],
     ) -> LaplaceEvidence:
+        processes = net.processes_
         curvature = kronecker_factors(
             net.module_,
             net.criterion_,
@@ -421,6 +416,8 @@ class EvidenceStep(Callback):
             # While the rate falls lengthscales stay: see on_epoch_end.
             lengthscales=self.lengthscales is not None and not net.course.rate.cooling,
             constants=constants,
+            own=slice(processes.rank, None, processes.size),
+            reduction=processes.add if processes.size > 1 else None,
         )
         try:
             eigenvalues = spectra(curvature.factors, known)
@@ -440,8 +437,12 @@ class EvidenceStep(Callback):
         log_precision = net.prior_.log_precision.cpu()
         for _ in range(self.steps):
             log_precision = self.solver.step(objective, log_precision)
+        # Other processors may round otherwise: all go on from the same numbers.
+        log_precision, evidence = net.processes_.agreed(
+            (log_precision, objective.evidence(log_precision))
+        )
         net.prior_.log_precision.copy_(log_precision)
-        return objective.evidence(log_precision)
+        return evidence
 
     def on_epoch_begin(self, net, **kwargs):
         """Take a step of the lengthscales, if there are slopes to follow.
@@ -467,7 +468,9 @@ class EvidenceStep(Callback):
         net.history.record("n_observations", net.data_.n_observations)
         net.history.record("curvature", self.chosen.estimator.columns)
         net.history.record("curvature_rows", min(self.chosen.n_rows, len(net.data_)))
-        net.effective_dimensions_ = objective.effective_dimensions(net.prior_.log_precision.cpu())
+        net.effective_dimensions_ = net.processes_.agreed(
+            objective.effective_dimensions(net.prior_.log_precision.cpu())
+        )
         if not net.course.rate.cooling:  # weights that are averaged share one gauge and one Ψ
             self._slopes = objective.lengthscale_gradient(net.prior_.log_precision.cpu())
             fix_gauge(net.module_, net.prior_)
@@ -528,7 +531,7 @@ class Course(Callback):
         self.converged = False
         self.capped = False
         self.mean = WeightMean()
-        self.best: tuple[float, tuple[dict, dict]] | None = None
+        self.best: tuple[float, State] | None = None
 
     def on_train_begin(self, net, **kwargs):
         if self.holding and not net.history:
@@ -569,7 +572,7 @@ class Course(Callback):
                 return
         figure = self._figure(net)
         if self.keep_best and not self.endless and (self.best is None or figure > self.best[0]):
-            self.best = (figure, _state(net))
+            self.best = (figure, state_of(net.module_, net.prior_))
         self.converged = self.plateau.reached(figure) or self.converged
         if self.evidence.steps and not self.rate.cooling:
             # Only now: the figure is that of the network as it was. And not while the rate falls,
@@ -600,42 +603,17 @@ class Course(Callback):
     def on_train_end(self, net, **kwargs):
         """Take the mean weights of the cool-down, or the best state seen, and evaluate it."""
         self.mean.load(net.enabled_tensors())
-        last: LaplaceEvidence | None = self.evidence.evaluate(net)
+        last = self.evidence.evaluate(net)
+        restored = False
         if not self.endless and not self.holding:  # else the precisions wait for the next one
             final = self.evidence.ascend(net, last)
             joint = final.log_likelihood - 0.5 * final.scatter
             figure = (final.value if self.evidence.steps else joint) / net.data_.n_observations
             if self.best is not None and self.best[0] > figure:
-                _restore(net, self.best[1])
-                last = None
+                restore(net.module_, net.prior_, self.best[1])
+                restored = True
         self.best = None
-        net.laplace_ = self.evidence.finish(net, last)
-
-
-class WeightMean:
-    """The mean of a network's weights over epochs.
-
-    Averaging over the cool-down lowers the noise that steps of finite size leave in the weights.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.weights: dict[str, torch.Tensor] = {}
-
-    @torch.no_grad()
-    def add(self, module: torch.nn.Module) -> None:
-        """Count the present weights in."""
-        self.count += 1
-        for name, weight in module.named_parameters():
-            mean = self.weights.setdefault(name, weight.detach().clone())
-            mean.lerp_(weight, 1.0 / self.count)
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write the mean into these tensors, if there is one, and forget it."""
-        for name in self.weights.keys() & tensors.keys():
-            tensors[name].copy_(self.weights[name])
-        self.weights, self.count = {}, 0
+        net.laplace_ = self.evidence.finish(net, None if restored else last)
 
 
 class ProgressLine(Callback):
@@ -643,12 +621,12 @@ class ProgressLine(Callback):
 
     def on_train_begin(self, net, **kwargs):
         evidence = net.course.evidence
-        if evidence.steps and not net.history:
+        if evidence.steps and not net.history and net.processes_.rank == 0:
             print(f"curvature: {evidence.chosen.describe(len(net.data_))}")
 
     def on_epoch_end(self, net, **kwargs):
         epoch, last = len(net.history), net.history[-1]
-        if not net.course.evidence.due(epoch):
+        if not net.course.evidence.due(epoch) or net.processes_.rank > 0:
             return
         line = f"epoch {epoch}: loss {last['train_loss']:.4f}"
         if "log_marginal_likelihood" in last:
@@ -656,12 +634,3 @@ class ProgressLine(Callback):
             line += f", log evidence {evidence:.4f}"
         on = [on for block in net.module_.layers.values() for on in block.enabled.values()]
         print(f"{line} nats per observation, {sum(on)} of {len(on)} pathways on")
-
-
-def _state(net: SoftEquivariantNet) -> tuple[dict, dict]:
-    return copy.deepcopy((net.module_.state_dict(), net.prior_.state_dict()))
-
-
-def _restore(net: SoftEquivariantNet, state: tuple[dict, dict]) -> None:
-    net.module_.load_state_dict(state[0])
-    net.prior_.load_state_dict(state[1])

@@ -17,6 +17,8 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, validate_data
 
+from .processes import own_device
+
 __all__ = [
     "check_classes",
     "check_images",
@@ -285,8 +287,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     Parameters
     ----------
     device : str or torch.device
-        "auto" takes the first CUDA device if there is one and the CPU otherwise; else "cpu",
-        "cuda" or "cuda:N".
+        "auto" takes the CUDA device if there is one and the CPU otherwise; else "cpu", "cuda" or
+        "cuda:N". Without a number each process of a machine has its own.
 
     Raises
     ------
@@ -300,7 +302,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """
     n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        return torch.device("cuda" if n_cuda else "cpu")
+        return own_device(torch.device("cuda")) if n_cuda else torch.device("cpu")
     try:
         resolved = torch.device(device)
     except RuntimeError:
@@ -316,4 +318,4 @@ def resolve_device(device: str | torch.device) -> torch.device:
             stacklevel=2,
         )
         return torch.device("cpu")
-    return resolved
+    return own_device(resolved)

@@ -17,6 +17,7 @@ PACKAGE = "sklearn_softeq"
 ORDER = (
     "_version",
     # ground
+    "processes",
     "groups",
     "anchors",
     "kronecker",
@@ -42,6 +43,8 @@ ORDER = (
     "predictive",
     "symmetry",
     # learning
+    "states",
+    "batches",
     "schedules",
     "training",
     # surface

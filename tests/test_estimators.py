@@ -135,6 +135,7 @@ def test_output_is_silent_unless_asked(digits, capsys):
     assert capsys.readouterr().out == ""
     SoftEquivariantClassifier(**FAST, verbose=1).fit(*digits)
     lines = capsys.readouterr().out.splitlines()
+    assert lines.pop(0) == "curvature: exact, all rows"
     assert [line.split(":")[0] for line in lines] == [f"epoch {e}" for e in range(20, 61, 5)]
     assert "log evidence" in lines[0]
 

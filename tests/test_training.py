@@ -15,8 +15,9 @@ from torch import nn
 
 from sklearn_softeq import training
 from sklearn_softeq.anchors import Interpolation
+from sklearn_softeq.batches import Batches, TrainingData
 from sklearn_softeq.budget import CurvaturePlan
-from sklearn_softeq.curvature import Estimator, kronecker_factors
+from sklearn_softeq.curvature import Estimator
 from sklearn_softeq.layers import FC
 from sklearn_softeq.likelihoods import Categorical
 from sklearn_softeq.marginal_likelihood import (
@@ -29,12 +30,10 @@ from sklearn_softeq.networks import build_network
 from sklearn_softeq.schedules import STARTS, JointStart, LearningRate, Plateau
 from sklearn_softeq.training import (
     OPTIMIZERS,
-    Batches,
     Course,
     EvidenceStep,
     ProgressLine,
     SoftEquivariantNet,
-    TrainingData,
 )
 
 K = 3
@@ -104,15 +103,8 @@ def net_of(
     """A net ready to train, put together as the estimator does."""
     if evidence is None:
         solver = solver or FixedPointSolver()
-        evidence = EvidenceStep(
-            solver,
-            steps,
-            burn_in,
-            every,
-            partial(plan, n_sketches, subset),
-            evidence_seed,
-            lengthscales,
-        )
+        how = partial(plan, n_sketches, subset)
+        evidence = EvidenceStep(solver, steps, burn_in, every, how, evidence_seed, lengthscales)
     start = STARTS[start]() if isinstance(start, str) else start
     rate = LearningRate(schedule, lr, max_epochs)
     course = Course(evidence, start, rate, Plateau(0.0, patience), keep_best, holding, endless)
@@ -188,62 +180,6 @@ class Record(Callback):
         self.inputs.append(batch[0])
 
 
-# ── data and batches
-
-
-def numbered(n):
-    rows = torch.arange(n, dtype=torch.float64)
-    return TrainingData(rows.view(n, 1, 1, 1), rows.long() + 100, rows + 0.5, float(n))
-
-
-@pytest.mark.parametrize(("n", "size", "parts"), [(10, 4, 3), (12, 4, 3), (7, 6, 2), (9, 1, 9)])
-def test_every_row_stands_once_in_an_epoch(n, size, parts):
-    batches = Batches(numbered(n), size, np.random.RandomState(0))
-    epochs = [list(batches), list(batches)]
-    for epoch in epochs:
-        sizes = [len(inputs) for inputs, _ in epoch]
-        assert len(sizes) == parts
-        assert max(sizes) <= size
-        assert max(sizes) - min(sizes) <= 1
-        rows = torch.cat([inputs.flatten() for inputs, _ in epoch])
-        assert sorted(rows.tolist()) == list(range(n))
-        for inputs, (targets, weights) in epoch:  # and keeps its target and weight
-            assert torch.equal(targets, inputs.flatten().long() + 100)
-            assert torch.equal(weights, inputs.flatten() + 0.5)
-    orders = [torch.cat([inputs.flatten() for inputs, _ in epoch]).tolist() for epoch in epochs]
-    assert orders[0] != orders[1]
-    assert orders[0] != list(range(n))
-
-
-@pytest.mark.parametrize("size", [8, 9, 1000])
-def test_few_rows_are_one_batch_in_their_own_order(size):
-    random_state = np.random.RandomState(0)
-    before = random_state.get_state()[1].copy()
-    for _ in range(2):
-        [(inputs, _)] = Batches(numbered(8), size, random_state)
-        assert inputs.flatten().tolist() == list(range(8))
-    np.testing.assert_array_equal(random_state.get_state()[1], before)
-
-
-def test_batches_repeat_with_the_random_state():
-    orders = [
-        [inputs.flatten().tolist() for inputs, _ in Batches(numbered(20), 7, state)]
-        for state in (np.random.RandomState(3), np.random.RandomState(3), np.random.RandomState(4))
-    ]
-    assert orders[0] == orders[1] != orders[2]
-
-
-def test_data_in_order():
-    data = numbered(7)
-    parts = list(data.in_order(3))
-    assert [len(inputs) for inputs, _, _ in parts] == [3, 3, 1]
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    assert torch.equal(columns[0], data.inputs)
-    assert torch.equal(columns[1], data.targets)
-    assert torch.equal(columns[2], data.weights)
-    assert len(data) == 7
-
-
 # ── loss and gradient
 
 
@@ -253,9 +189,9 @@ def in_training(net, data):
     return net
 
 
-def batch_loss(net, data, rows):
-    inputs, y = data[torch.tensor(rows)]
-    return net.get_loss(net.module_(inputs), y).item()
+def batch_loss(net, data, rows, n_rows=None):
+    inputs, (targets, weights) = data[torch.tensor(rows)]
+    return net.get_loss(net.module_(inputs), (targets, weights, n_rows or len(rows))).item()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -276,6 +212,13 @@ def test_losses_of_an_epoch_add_up():
         parts = [order[:2], order[2:]]
         total = sum(len(rows) / 5 * batch_loss(net, data, rows) for rows in parts)
         assert total == pytest.approx(whole, rel=1e-12)
+
+
+def test_shares_of_a_batch_add_up():
+    data = data_of(5)
+    net = in_training(net_of(), data)
+    shares = [batch_loss(net, data, rows, n_rows=4) for rows in ([0, 2], [1, 3])]
+    assert sum(shares) == pytest.approx(batch_loss(net, data, range(4)), rel=1e-12)
 
 
 def test_weights_are_repetitions_in_the_loss():
@@ -771,7 +714,7 @@ class Script(EvidenceStep):
     """An evidence that follows a script, by epoch; the last value is that at the end."""
 
     def __init__(self, values, final=None, dimensions=None, burn_in=1):
-        super().__init__(FixedPointSolver(), 1, burn_in, 1, 0, 0)
+        super().__init__(FixedPointSolver(), 1, burn_in, 1, EXACT, 0)
         self.values = values
         self.final = values[-1] if final is None else final
         self.dimensions = dimensions or {}
@@ -1325,7 +1268,8 @@ def test_progress_line(capsys):
     data = data_of()
     net.partial_fit(data)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["epoch 2", "epoch 4"]
+    assert [line.split(":")[0] for line in lines] == ["curvature", "epoch 2", "epoch 4"]
+    assert lines.pop(0) == "curvature: exact, all rows"
     evidence = net.history[1, "log_marginal_likelihood"] / data.n_observations
     assert lines[0] == (
         f"epoch 2: loss {net.history[1, 'train_loss']:.4f}, log evidence {evidence:.4f} "

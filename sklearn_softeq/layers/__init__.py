@@ -1,7 +1,8 @@
 """Layers as linear maps that are used at shared positions in blocks, and their sums.
 
-``contract`` says what a layer is; ``fc``, ``factored``, ``conv``, ``sparse`` and ``group`` hold
-one structure of weights each; ``pathways`` has the table of them and adds them up.
+``contract`` says what a layer is, ``torus`` moves feature maps; ``fc``, ``factored``, ``conv``,
+``sparse`` and ``group`` hold one structure of weights each; ``pathways`` has the table of them and
+adds them up.
 """
 
 from .contract import Grid, LayerSpec, Pathway, SharedLinear, outer, strided
@@ -18,6 +19,7 @@ from .pathways import (
     untrained_free_layer,
 )
 from .sparse import SparseConv, SparseFC, SparseU, SparseV
+from .torus import shift
 
 __all__ = [
     "FC",
@@ -41,6 +43,7 @@ __all__ = [
     "keep_largest_grid",
     "less_symmetric",
     "outer",
+    "shift",
     "strided",
     "untrained_free_layer",
 ]

@@ -1,0 +1,155 @@
+"""The training data on their device, their batches, and what augments them."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from .curvature import Batch
+from .layers import shift
+from .processes import ALONE, Processes
+
+__all__ = ["AUGMENTATIONS", "Batches", "TrainingData", "crop_flip"]
+
+Augmentation = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData(torch.utils.data.Dataset):
+    """Images, targets and weights on one device, indexed by whole batches of rows.
+
+    Parameters
+    ----------
+    inputs : tensor of shape (n, C, H, W)
+    targets : tensor of shape (n,)
+    weights : tensor of shape (n,)
+        Repetitions of each row, positive.
+    n_observations : float
+        N, the weight that the data stand for: their sum, or more when they are one chunk of many.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    n_observations: float
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, rows):
+        return self.inputs[rows], (self.targets[rows], self.weights[rows])
+
+    @cached_property
+    def unit_weights(self) -> bool:
+        """Whether every row counts once."""
+        return bool((self.weights == 1).all())
+
+    def subset(self, size: int, seed: int) -> "TrainingData":
+        """So many random rows, in order, that stand for the same N; itself if it has no more."""
+        if size >= len(self):
+            return self
+        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        rows = rows[:size].sort().values.to(self.inputs.device)
+        inputs, (targets, weights) = self[rows]
+        return replace(self, inputs=inputs, targets=targets, weights=weights)
+
+    def in_order(self, size: int) -> Iterator[Batch]:
+        """Batches of nearly equal size, at most ``size`` rows, in order."""
+        n_batches = math.ceil(len(self) / size)
+        columns = (self.inputs, self.targets, self.weights)
+        return zip(*(column.tensor_split(n_batches) for column in columns), strict=True)
+
+
+class Batches:
+    """Iterates over shuffled batches of nearly equal size, at most ``batch_size``.
+
+    One step on a left-over batch of a few rows would be all noise, so the rows are spread evenly.
+    A batch is (inputs, (targets, weights, n)); of several processes each has its share of the n
+    rows.
+
+    Parameters
+    ----------
+    dataset : TrainingData
+    batch_size : int
+    random_state : RandomState
+        Of the order of the rows.
+    augment : callable, optional
+        From the images of a batch to others in their place.
+    augment_seed : int, default=0
+        Of its random numbers.
+    processes : Processes, optional
+        Those that share each batch.
+    """
+
+    def __init__(
+        self,
+        dataset: TrainingData,
+        batch_size: int,
+        random_state: np.random.RandomState,
+        augment: Augmentation | None = None,
+        augment_seed: int = 0,
+        processes: Processes = ALONE,
+    ):
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.random_state = random_state
+        self.augment = augment
+        self.generator = torch.Generator().manual_seed(augment_seed)
+        self.processes = processes
+
+    def __iter__(self):
+        for rows in self._rows():
+            inputs, (targets, weights) = self.dataset[rows]
+            if self.augment is not None:
+                inputs = self._augmented(self.augment, inputs)
+            own = slice(self.processes.rank, None, self.processes.size)
+            yield inputs[own], (targets[own], weights[own], len(targets))
+
+    def _rows(self):
+        n_rows = len(self.dataset)
+        if n_rows <= self.batch_size:
+            # The whole data in their own order: nothing here may depend on n or on a shuffle.
+            return [slice(None)]
+        order = torch.from_numpy(self.random_state.permutation(n_rows))
+        order = order.to(self.dataset.inputs.device)  # one transfer for all batches
+        return torch.tensor_split(order, math.ceil(n_rows / self.batch_size))
+
+    def _augmented(self, augment: Augmentation, inputs: torch.Tensor) -> torch.Tensor:
+        """The images after augmentation, whose random numbers hang on our seed alone."""
+        seed = int(torch.randint(2**31 - 1, (), generator=self.generator))
+        devices = [inputs.device] if inputs.is_cuda else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            found = augment(inputs.clone())
+        if not isinstance(found, torch.Tensor) or found.shape != inputs.shape:
+            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise ValueError(
+                f"augment has to return a tensor of the shape {tuple(inputs.shape)} that it was "
+                f"given, but it returned {shape}."
+            )
+        return found.to(inputs)
+
+
+def crop_flip(images: torch.Tensor) -> torch.Tensor:
+    """Random crops of images padded with zeros by an eighth of their sides, and random flips.
+
+    The usual augmentation of natural images: for 32×32 pixels a margin of 4, then left ↔ right
+    with probability one half.
+
+    Parameters
+    ----------
+    images : tensor of shape (n, C, H, W)
+    """
+    n, _, height, width = images.shape
+    rows, columns = height // 8, width // 8
+    padded = torch.nn.functional.pad(images, (columns, columns, rows, rows))
+    corners = [torch.randint(2 * margin + 1, (n,)).to(images.device) for margin in (rows, columns)]
+    crops = shift(padded, *corners)[:, :, :height, :width]
+    flipped = torch.rand(n).to(images.device) < 0.5
+    return torch.where(flipped[:, None, None, None], crops.flip(3), crops)
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {"crop_flip": crop_flip}

@@ -1,0 +1,70 @@
+"""Several processes that train one model, under torchrun or in a group that the caller made."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["ALONE", "Processes", "joined", "own_device"]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together.
+
+    Parameters
+    ----------
+    rank : int, default=0
+        Of this process.
+    size : int, default=1
+        How many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Put the sum over all processes into a tensor."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def agreed(self, value: Any) -> Any:
+        """The first process's value, whatever the others have."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+
+ALONE = Processes()
+
+
+def joined(device: torch.device) -> Processes:
+    """This process among all that share the fit; alone unless it was started as one of several.
+
+    A process group that exists is taken. Otherwise torchrun's, or accelerate's, environment is,
+    with NCCL between CUDA devices and Gloo between CPUs. A process that dies breaks its
+    connections, which ends the others with an error.
+
+    Parameters
+    ----------
+    device : torch.device
+        That this process computes on.
+    """
+    if not dist.is_available():
+        return ALONE
+    if not dist.is_initialized():
+        if not dist.is_torchelastic_launched() or os.environ.get("WORLD_SIZE", "1") == "1":
+            return ALONE
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Of several processes on one machine each has the CUDA device of its number."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device

@@ -1,0 +1,204 @@
+"""Batches of the training data: every row once, shared, augmented; subsets."""
+
+import numpy as np
+import pytest
+import torch
+
+from sklearn_softeq.batches import Batches, TrainingData, crop_flip
+from sklearn_softeq.processes import Processes
+
+
+def numbered(n):
+    rows = torch.arange(n, dtype=torch.float64)
+    return TrainingData(rows.view(n, 1, 1, 1), rows.long() + 100, rows + 0.5, float(n))
+
+
+@pytest.mark.parametrize(("n", "size", "parts"), [(10, 4, 3), (12, 4, 3), (7, 6, 2), (9, 1, 9)])
+def test_every_row_stands_once_in_an_epoch(n, size, parts):
+    batches = Batches(numbered(n), size, np.random.RandomState(0))
+    epochs = [list(batches), list(batches)]
+    for epoch in epochs:
+        sizes = [len(inputs) for inputs, _ in epoch]
+        assert len(sizes) == parts
+        assert max(sizes) <= size
+        assert max(sizes) - min(sizes) <= 1
+        rows = torch.cat([inputs.flatten() for inputs, _ in epoch])
+        assert sorted(rows.tolist()) == list(range(n))
+        for inputs, (targets, weights, n_rows) in epoch:  # and keeps its target and weight
+            assert torch.equal(targets, inputs.flatten().long() + 100)
+            assert torch.equal(weights, inputs.flatten() + 0.5)
+            assert n_rows == len(inputs)
+    orders = [torch.cat([inputs.flatten() for inputs, _ in epoch]).tolist() for epoch in epochs]
+    assert orders[0] != orders[1]
+    assert orders[0] != list(range(n))
+
+
+@pytest.mark.parametrize("size", [8, 9, 1000])
+def test_few_rows_are_one_batch_in_their_own_order(size):
+    random_state = np.random.RandomState(0)
+    before = random_state.get_state()[1].copy()
+    for _ in range(2):
+        [(inputs, _)] = Batches(numbered(8), size, random_state)
+        assert inputs.flatten().tolist() == list(range(8))
+    np.testing.assert_array_equal(random_state.get_state()[1], before)
+
+
+def test_batches_repeat_with_the_random_state():
+    orders = [
+        [inputs.flatten().tolist() for inputs, _ in Batches(numbered(20), 7, state)]
+        for state in (np.random.RandomState(3), np.random.RandomState(3), np.random.RandomState(4))
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_data_in_order():
+    data = numbered(7)
+    parts = list(data.in_order(3))
+    assert [len(inputs) for inputs, _, _ in parts] == [3, 2, 2]  # no small one is left over
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    assert torch.equal(columns[0], data.inputs)
+    assert torch.equal(columns[1], data.targets)
+    assert torch.equal(columns[2], data.weights)
+    assert len(data) == 7
+
+
+# ── several processes
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_processes_share_each_batch(size):
+    whole = list(Batches(numbered(20), 7, np.random.RandomState(0)))
+    shares = [
+        list(Batches(numbered(20), 7, np.random.RandomState(0), processes=Processes(rank, size)))
+        for rank in range(size)
+    ]
+    for i, (inputs, (_, _, n_rows)) in enumerate(whole):
+        parts = [share[i] for share in shares]
+        rows = torch.cat([part.flatten() for part, _ in parts])
+        assert sorted(rows.tolist()) == sorted(inputs.flatten().tolist())
+        assert all(n == n_rows for _, (_, _, n) in parts)
+        for part, (targets, weights, _) in parts:
+            assert torch.equal(targets, part.flatten().long() + 100)
+            assert torch.equal(weights, part.flatten() + 0.5)
+
+
+# ── subsets
+
+
+def test_a_subset_is_random_rows_in_order_that_stand_for_the_whole():
+    data = numbered(50)
+    first, again, other = (data.subset(10, seed) for seed in (0, 0, 1))
+    rows = first.inputs.flatten()
+    assert len(first) == 10
+    assert (rows.diff() > 0).all()
+    assert torch.equal(first.targets, rows.long() + 100)
+    assert torch.equal(first.weights, rows + 0.5)
+    assert first.n_observations == data.n_observations
+    assert torch.equal(again.inputs, first.inputs)
+    assert not torch.equal(other.inputs, first.inputs)
+    counts = sum(
+        torch.bincount(data.subset(10, seed).targets - 100, minlength=50) for seed in range(400)
+    )
+    assert (counts - 80).abs().max() < 5 * (80 * 0.8) ** 0.5  # every row alike
+    for size in (50, 51):
+        assert data.subset(size, 0) is data
+
+
+@pytest.mark.parametrize(("weights", "unit"), [((1.0, 1.0), True), ((1.0, 2.0), False)])
+def test_unit_weights(weights, unit):
+    data = TrainingData(torch.zeros(2, 1, 1, 1), torch.zeros(2).long(), torch.tensor(weights), 3.0)
+    assert data.unit_weights is unit
+
+
+# ── augmentation
+
+
+def images(n=6, height=16, width=8):
+    return torch.arange(1.0, n * 2 * height * width + 1).view(n, 2, height, width)
+
+
+def augmented(augment, seed=0, data=None, epochs=1):
+    data = data or TrainingData(images(), torch.arange(6), torch.ones(6), 6.0)
+    batches = Batches(data, 4, np.random.RandomState(0), augment, seed)
+    return [torch.cat([inputs for inputs, _ in batches]) for _ in range(epochs)]
+
+
+def test_augmentation_sees_each_batch_and_leaves_the_data():
+    data = TrainingData(images(), torch.arange(6), torch.ones(6), 6.0)
+    seen = []
+
+    def brighter(batch):
+        seen.append(len(batch))
+        return batch.add_(100.0)  # in place, as a careless one may do
+
+    [plain], [found] = augmented(None, data=data), augmented(brighter, data=data)
+    assert seen == [3, 3]
+    assert torch.equal(found, plain + 100.0)
+    assert torch.equal(data.inputs, images())
+
+
+def test_random_numbers_of_an_augmentation_follow_its_seed_alone():
+    def noisy(batch):
+        return batch + torch.rand(len(batch), 1, 1, 1)
+
+    state = torch.get_rng_state()
+    first = augmented(noisy, epochs=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    again, other = augmented(noisy, epochs=2), augmented(noisy, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    shifts = [found - plain for found, plain in zip(first, augmented(None, epochs=2), strict=True)]
+    assert not torch.equal(first[0], other[0])
+    assert not torch.allclose(shifts[0], shifts[1])  # other numbers in the next epoch
+
+
+@pytest.mark.parametrize(
+    ("augment", "said"),
+    [
+        (lambda batch: batch[:, :1], "(3, 1, 16, 8)"),
+        (lambda batch: None, "NoneType"),
+        (lambda batch: batch.numpy(), "ndarray"),
+    ],
+)
+def test_what_an_augmentation_must_return(augment, said):
+    with pytest.raises(ValueError, match=r"tensor of the shape \(3, 2, 16, 8\)") as error:
+        augmented(augment)
+    assert said in str(error.value)
+
+
+def windows(image):
+    """Every crop of an image with margins of an eighth, as it is and flipped."""
+    height, width = image.shape[1:]
+    rows, columns = height // 8, width // 8
+    padded = torch.nn.functional.pad(image, (columns, columns, rows, rows))
+    for i in range(2 * rows + 1):
+        for j in range(2 * columns + 1):
+            crop = padded[:, i : i + height, j : j + width]
+            yield from (crop, crop.flip(2))
+
+
+def test_crop_flip_draws_from_all_crops_and_their_mirror_images():
+    torch.manual_seed(0)
+    one = images(1)
+    found = crop_flip(one.expand(3000, -1, -1, -1))
+    choices = torch.stack(list(windows(one[0])))  # (5 · 3 · 2, 2, 16, 8)
+    equal = (found[:, None] == choices).flatten(2).all(2)  # (3000, 30)
+    assert (equal.sum(1) == 1).all()
+    assert (equal.sum(0) - 100).abs().max() < 5 * 10
+
+
+def test_crop_flip_treats_samples_apart_and_keeps_the_dtype():
+    torch.manual_seed(0)
+    found = crop_flip(images(8).double())
+    assert found.dtype == torch.float64
+    for image, result in zip(images(8).double(), found, strict=True):
+        assert any(torch.equal(result, window) for window in windows(image))
+
+
+def test_an_image_without_room_for_a_margin_is_only_flipped():
+    torch.manual_seed(0)
+    small = torch.arange(12.0).view(1, 1, 3, 4).expand(20, 1, 3, 4)
+    found = crop_flip(small)
+    same, flipped = ((found == other).flatten(1).all(1) for other in (small, small.flip(3)))
+    assert (same ^ flipped).all()
+    assert 0 < same.sum() < 20
