@@ -25,7 +25,7 @@ from .likelihoods import Categorical
 from .marginal_likelihood import HYPER_SOLVERS, LengthscaleSolver
 from .networks import ARCHITECTURES, build_network
 from .predictive import log_odds, map_outputs
-from .processes import joined
+from .processes import Processes, joined
 from .schedules import LR_SCHEDULES, STARTS, LearningRate, Plateau
 from .symmetry import (
     enabled_table,
@@ -558,7 +558,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
     def _build_net(self, data, previous, endless=False) -> SoftEquivariantNet:
         """A net that is ready to train, from a random start or from a previous net."""
-        processes = joined(self.device_)
+        processes = _checked_processes(data)
         seeds = check_random_state(self.random_state).randint(2**31 - 1, size=4).tolist()
         seeds = processes.agreed(seeds)  # random_state=None is another one in each process
         optimizer, settings = OPTIMIZERS[self.optimizer]
@@ -675,7 +675,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.output_share_ = output_shares(network, data.in_order(CURVATURE_BATCH))
 
     def _warn_if_not_converged(self) -> None:
-        if self.net_.course.capped:
+        if self.net_.course.capped and joined(self.device_).rank == 0:
             figure = "log evidence" if self.learn_prior else "log joint"
             warnings.warn(
                 f"The {figure} had not settled when training had to end at max_epochs="
@@ -786,6 +786,24 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"group={group!r} is not known. Choose one of {sorted(GROUPS)}.")
         batches = self._new_images(X).to(self.device_).split(CURVATURE_BATCH)
         return Bunch(**equivariance_errors(self.module_, batches, GROUPS[group])._asdict())
+
+
+def _checked_processes(data: TrainingData) -> Processes:
+    """The processes that share a fit, if they can share it."""
+    processes = joined(data.inputs.device)
+    if processes.size == 1:
+        return processes
+    if len(data) < processes.size:
+        raise ValueError(
+            f"{len(data)} rows are too few for {processes.size} processes; each needs one."
+        )
+    sums = (len(data), data.inputs.double().sum().item(), data.targets.sum().item())
+    if processes.agreed(sums) != sums:
+        raise ValueError(
+            "Each process has to be given the same data, of which it takes its share: this one "
+            f"has (rows, sum of pixels, sum of codes) = {sums}, another one has others."
+        )
+    return processes
 
 
 def _evaluations(net: SoftEquivariantNet) -> dict[str, np.ndarray]:
