@@ -121,6 +121,20 @@ class Curvature(NamedTuple):
     slopes: dict[str, float]
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32 on CUDA devices, whatever steps of the weights may use; restored afterwards."""
+    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    before = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with cudnn.flags(*before, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@full_precision()
 def kronecker_factors(
     network: nn.Module,
     likelihood: Likelihood,
@@ -137,7 +151,8 @@ def kronecker_factors(
 ) -> Curvature:
     """Factors of each tensor of each :class:`SharedLinear` that the network uses.
 
-    Nothing is read back from the device before all batches have been seen.
+    Nothing is read back from the device before all batches have been seen. Sums are of float32 or
+    wider.
 
     Parameters
     ----------

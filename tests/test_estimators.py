@@ -32,9 +32,13 @@ from sklearn.utils import check_random_state
 from skorch.callbacks import Callback
 
 from sklearn_softeq import SoftEquivariantClassifier, networks, training
+from sklearn_softeq.curvature import kronecker_factors
 from sklearn_softeq.datasets import load_digit_tasks
 from sklearn_softeq.groups import GROUPS
+from sklearn_softeq.hyperparameters import squared_norms
+from sklearn_softeq.kronecker import spectra
 from sklearn_softeq.layers import PATHWAYS
+from sklearn_softeq.marginal_likelihood import LaplaceEvidence
 
 FAST = {"max_epochs": 60, "width": 4, "lr": 0.02, "random_state": 0}
 
@@ -128,6 +132,130 @@ def test_fixed_prior(digits):
     assert clf.scores_.shape == (1,)
     assert clf.history_["epoch"].size == 0
     assert np.isfinite(clf.log_marginal_likelihood_value_)
+
+
+# ── steps of the weights
+
+
+def probe(seen):
+    """A callback that notes the types of a step's outputs on their way."""
+
+    class Probe(Callback):
+        def on_train_begin(self, net, **kwargs):
+            self.handle = net.module_.head.register_forward_hook(
+                lambda layer, args, output: seen.append(output.dtype)
+            )
+
+        def on_train_end(self, net, **kwargs):
+            self.handle.remove()
+
+    return [("probe", Probe())]
+
+
+def test_half_precision_is_for_steps_of_the_weights_alone(digits):
+    seen: list[torch.dtype] = []
+    settings = {**FAST, "dtype": "float32"}
+    plain = SoftEquivariantClassifier(**settings).fit(*digits)
+    clf = SoftEquivariantClassifier(**settings, amp="bf16", callbacks=probe(seen)).fit(*digits)
+    steps = seen.count(torch.bfloat16)
+    assert steps >= clf.n_iter_  # one batch or more in each epoch
+    assert set(seen) == {torch.bfloat16, torch.float32}  # the others are of the evidence
+    assert {p.dtype for p in clf.module_.parameters()} == {torch.float32}
+    assert np.abs(clf.predict_proba(digits[0]) - plain.predict_proba(digits[0])).max() > 1e-4
+    assert clf.score(*digits) > 0.9
+
+
+def test_compiled_steps_are_the_same_steps(digits, monkeypatch):
+    compiled = []
+
+    def compiling(function):
+        compiled.append(function)
+        return compile_(function, backend="eager")  # what it traces; machine code takes minutes
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", compiling)
+    settings = {**FAST, "dtype": "float64", "max_epochs": 26}
+    plain = SoftEquivariantClassifier(**settings).fit(*digits)
+    assert not compiled
+    clf = SoftEquivariantClassifier(**settings, compile=True).fit(*digits)
+    assert len(compiled) == 1
+    # Through release and removal of pathways.
+    np.testing.assert_allclose(clf.loss_curve_, plain.loss_curve_, rtol=1e-9)
+    np.testing.assert_allclose(clf.scores_, plain.scores_, rtol=1e-9)
+    again = pickle.loads(pickle.dumps(clf))
+    np.testing.assert_array_equal(again.predict_proba(digits[0]), clf.predict_proba(digits[0]))
+
+
+def test_augmentation_is_not_for_the_evidence(digits):
+    seen: list[tuple[int, ...]] = []
+
+    def blank(batch):
+        seen.append(tuple(batch.shape))
+        return torch.zeros_like(batch)
+
+    X, y = digits
+    settings = {**FAST, "max_epochs": 40, "n_iter_no_change": 99, "lr_schedule": "constant"}
+    clf = SoftEquivariantClassifier(**settings, keep_best=False, augment=blank).fit(X, y)
+    assert {shape[1:] for shape in seen} == {clf.image_shape_}
+    assert clf.history_["epoch"][-1] == clf.n_iter_ == 40
+    own = np.searchsorted(clf.classes_, y)
+    log_likelihood = clf.predict_log_proba(X)[np.arange(len(y)), own].sum()
+    assert clf.history_["log_likelihood"][-1] == pytest.approx(log_likelihood, rel=1e-4)
+    # What was trained are the frequencies of the classes, on blank images.
+    frequencies = np.bincount(own) / len(y)
+    mean = np.full_like(X[:1], clf.channel_mean_[0])
+    np.testing.assert_allclose(clf.predict_proba(mean)[0], frequencies, atol=0.05)
+
+
+@pytest.mark.parametrize("augment", ["flip", 3])
+def test_unknown_augmentation(digits, augment):
+    with pytest.raises(ValueError, match="'augment' parameter"):
+        SoftEquivariantClassifier(augment=augment).fit(*digits)
+
+
+def test_named_augmentation(digits):
+    plain = SoftEquivariantClassifier(**FAST).fit(*digits)
+    fits = [SoftEquivariantClassifier(**FAST, augment="crop_flip").fit(*digits) for _ in range(2)]
+    np.testing.assert_array_equal(fits[0].loss_curve_, fits[1].loss_curve_)
+    assert not np.allclose(fits[0].loss_curve_[:3], plain.loss_curve_[:3])
+
+
+# ── the estimate of the curvature
+
+
+def test_what_was_chosen_stands_in_the_history(digits, capsys):
+    settings = {"max_epochs": 30, "random_state": 0, "verbose": 1}
+    clf = SoftEquivariantClassifier(**settings).fit(*digits)
+    n = len(digits[1])
+    assert set(clf.history_["curvature"]) == {"exact"}
+    assert set(clf.history_["curvature_rows"]) == {n}
+    clf.set_params(curvature="rademacher", curvature_samples=1, curvature_subset=20)
+    capsys.readouterr()
+    clf.fit(*digits)
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said == f"curvature: Rademacher sketches: 1, 20 of {n} rows"
+    assert set(clf.history_["curvature"]) == {"rademacher"}
+    assert set(clf.history_["curvature_rows"]) == {20}
+
+
+def test_the_last_evidence_sees_all_rows(digits):
+    settings = {"max_epochs": 40, "lr_schedule": "constant", "random_state": 0}
+    subset = {"curvature": "exact", "curvature_subset": 20}
+    clf = SoftEquivariantClassifier(**settings, **subset, keep_best=False).fit(*digits)
+    evidences = []
+    for X, y in (digits, (digits[0][:20], digits[1][:20])):
+        net = clf.net_
+        data = clf._prepare(X, y, None, clf.classes_, first=False)
+        curvature = kronecker_factors(
+            net.module_, net.criterion_, data.in_order(64), total_weight=len(digits[1])
+        )
+        squares = squared_norms(net.enabled_tensors())
+        laplace = LaplaceEvidence(
+            curvature.log_likelihood, spectra(curvature.factors), squares, net.prior_.index
+        )
+        evidences.append(laplace.evidence(net.prior_.log_precision).value)
+    assert clf.log_marginal_likelihood_value_ == pytest.approx(evidences[0], rel=1e-6)
+    assert abs(evidences[1] / evidences[0] - 1) > 1e-3
 
 
 def test_output_is_silent_unless_asked(digits, capsys):

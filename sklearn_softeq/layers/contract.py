@@ -17,7 +17,7 @@ from torch import nn
 from ..anchors import Interpolation
 from ..groups import P1, PointGroup
 
-__all__ = ["Grid", "LayerSpec", "Pathway", "SharedLinear", "outer", "strided"]
+__all__ = ["Grid", "LayerSpec", "Pathway", "SharedLinear", "outer", "rounding", "strided"]
 
 Grid = tuple[int, int]
 
@@ -179,6 +179,14 @@ class Pathway(nn.Module, ABC):
             for name, parameter in self.named_parameters():
                 if name == self.factor_names[0] or name.endswith("bias"):
                     parameter.zero_()
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative size of what decisions take for rounding; of half precision not its own.
+
+    Eight bits would take unequal things for equal, and float32 decides otherwise afterwards.
+    """
+    return min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def strided(grid: Grid, stride: Grid) -> Grid:

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.grad import conv2d_weight
 
 from ..groups import P1
 from .contract import Grid, Pathway, SharedLinear, strided
@@ -127,7 +128,7 @@ def circular_gram(inputs: torch.Tensor, kernel: Grid) -> torch.Tensor:
     rows, columns = kernel[0] - 1, kernel[1] - 1  # largest offset along each axis
     ahead = circular_pad(inputs, (0, rows), (columns, columns))
     shape = (channels, channels, rows + 1, 2 * columns + 1)
-    half = nn.grad.conv2d_weight(ahead, shape, inputs)  # (C, C', v − u)
+    half = conv2d_weight(ahead, shape, inputs)  # (C, C', v − u)
     behind = half[:, :, 1:].transpose(0, 1).flip(2, 3)
     correlation = torch.cat([behind, half], 2)  # Eq. Toeplitz A
     u, v = (torch.arange(side, device=inputs.device) for side in kernel)

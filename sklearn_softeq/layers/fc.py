@@ -5,7 +5,7 @@ import math
 import torch
 
 from ..groups import PointGroup
-from .contract import Grid, LayerSpec, Pathway, SharedLinear, strided
+from .contract import Grid, LayerSpec, Pathway, SharedLinear, rounding, strided
 
 __all__ = ["FC", "PooledFC"]
 
@@ -71,7 +71,7 @@ class PooledFC(FC):
         # where the gradient goes, so it goes to the first of them; the value is the maximum.
         known = orientations.detach()
         largest = known.amax(2, keepdim=True)
-        slack = 1e3 * torch.finfo(known.dtype).eps * largest.abs()
+        slack = 1e3 * rounding(known.dtype) * largest.abs()
         first = (known >= largest - slack).byte().argmax(2, keepdim=True)
         chosen = orientations.gather(2, first)
         return (chosen + (largest - chosen.detach())).squeeze(2)  # Eq. pooling, (n, C, 1, 1)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..groups import P1, POINT_GROUPS, PointGroup
-from .contract import Grid, LayerSpec, Pathway
+from .contract import Grid, LayerSpec, Pathway, rounding
 from .conv import Conv
 from .factored import FactoredFC
 from .fc import FC
@@ -175,10 +175,11 @@ def keep_largest_grid(inputs: torch.Tensor, stride: Grid) -> torch.Tensor:
     """
     n, _, height, width = inputs.shape
     rows, columns = stride
-    cells = inputs.detach().square().sum(1)  # (n, H, W)
+    wide = torch.promote_types(inputs.dtype, torch.float32)
+    cells = inputs.detach().to(wide).square().sum(1)  # (n, H, W)
     cells = cells.view(n, height // rows, rows, width // columns, columns)
     norms = cells.sum((1, 3)).flatten(1)  # Eq. polyphase choice, (n, rows · columns)
-    nearly = norms.amax(1, keepdim=True) * (1 - 32 * torch.finfo(norms.dtype).eps)
+    nearly = norms.amax(1, keepdim=True) * (1 - 32 * rounding(wide))
     best = (norms >= nearly).byte().argmax(1)
     return shift(inputs, best // columns, best % columns)
 
