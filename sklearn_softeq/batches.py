@@ -146,9 +146,12 @@ def crop_flip(images: torch.Tensor) -> torch.Tensor:
     n, _, height, width = images.shape
     rows, columns = height // 8, width // 8
     padded = torch.nn.functional.pad(images, (columns, columns, rows, rows))
-    corners = [torch.randint(2 * margin + 1, (n,)).to(images.device) for margin in (rows, columns)]
+    # Drawn on the device: numbers from the CPU would have to be waited for.
+    corners = (
+        torch.randint(2 * margin + 1, (n,), device=images.device) for margin in (rows, columns)
+    )
     crops = shift(padded, *corners)[:, :, :height, :width]
-    flipped = torch.rand(n).to(images.device) < 0.5
+    flipped = torch.rand(n, device=images.device) < 0.5
     return torch.where(flipped[:, None, None, None], crops.flip(3), crops)
 
 

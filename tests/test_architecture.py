@@ -60,7 +60,7 @@ HOMES = {
 }
 
 # Test modules that follow a question and not a module.
-TESTS_OF_THEIR_OWN = {"common", "architecture", "examples", "docs", "lengthscales"}
+TESTS_OF_THEIR_OWN = {"common", "architecture", "examples", "docs", "lengthscales", "gpu"}
 
 # They know a tensor's name and the contract of its map, and nothing of the layer that has it.
 BLIND = {"hyperparameters", "curvature", "marginal_likelihood", "predictive", "symmetry"}

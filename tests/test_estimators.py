@@ -5,6 +5,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -132,6 +133,26 @@ def test_fixed_prior(digits):
     assert clf.scores_.shape == (1,)
     assert clf.history_["epoch"].size == 0
     assert np.isfinite(clf.log_marginal_likelihood_value_)
+
+
+# ── many fits at once
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the cluster's own libraries
+def test_a_search_on_a_cluster_finds_what_it_finds_alone(digits):
+    distributed = pytest.importorskip("distributed")
+    settings = {**FAST, "max_epochs": 20}
+    search = GridSearchCV(SoftEquivariantClassifier(**settings), {"width": [1, 2]}, cv=2)
+    alone = clone(search).fit(*digits)
+    cluster = distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=False
+    )
+    with cluster, distributed.Client(cluster), joblib.parallel_config(backend="dask"):
+        spread = clone(search).fit(*digits)
+    assert spread.best_params_ == alone.best_params_
+    for key in ("mean_test_score", "std_test_score"):
+        np.testing.assert_array_equal(spread.cv_results_[key], alone.cv_results_[key])
 
 
 # ── steps of the weights
@@ -988,10 +1009,9 @@ def test_symmetry_is_kept_or_broken_as_the_task_asks():
         fits[task] = clf
     quadrant = tasks["quadrant"]
     assert fits["quadrant"].score(quadrant.X_test, quadrant.y_test) >= 0.86
+    # Of the whole network: which layer breaks the symmetry differs from run to run.
     free = {task: clf.effective_dimensions_[:, 1].sum() for task, clf in fits.items()}
-    assert free["digit"] < free["quadrant"]
-    # Where the task asks for it; nowhere the other way round.
-    assert (fits["quadrant"].symmetry_[:, 1] >= fits["digit"].symmetry_[:, 1]).all()
+    assert free["digit"] < 0.5 * free["quadrant"]
     errors = {task: clf.equivariance_error(tasks[task].X_test).logits for task, clf in fits.items()}
     assert errors["digit"] < 0.5 * errors["quadrant"]
     strict = SoftEquivariantClassifier(pathways="conv", random_state=0)
