@@ -78,7 +78,7 @@ class Batches:
         Of the order of the rows.
     augment : callable, optional
         From the images of a batch to others in their place.
-    augment_seed : int, default=0
+    augment_state : RandomState, optional
         Of its random numbers.
     processes : Processes, optional
         Those that share each batch.
@@ -90,14 +90,14 @@ class Batches:
         batch_size: int,
         random_state: np.random.RandomState,
         augment: Augmentation | None = None,
-        augment_seed: int = 0,
+        augment_state: np.random.RandomState | None = None,
         processes: Processes = ALONE,
     ):
         self.dataset = dataset
         self.batch_size = batch_size
         self.random_state = random_state
         self.augment = augment
-        self.generator = torch.Generator().manual_seed(augment_seed)
+        self.augment_state = augment_state or np.random.RandomState(0)
         self.processes = processes
 
     def __iter__(self):
@@ -118,8 +118,8 @@ class Batches:
         return torch.tensor_split(order, math.ceil(n_rows / self.batch_size))
 
     def _augmented(self, augment: Augmentation, inputs: torch.Tensor) -> torch.Tensor:
-        """The images after augmentation, whose random numbers hang on our seed alone."""
-        seed = int(torch.randint(2**31 - 1, (), generator=self.generator))
+        """The images after augmentation, whose random numbers hang on our state alone."""
+        seed = self.augment_state.randint(2**31 - 1)
         devices = [inputs.device] if inputs.is_cuda else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)

@@ -573,7 +573,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             iterator_train=Batches,
             iterator_train__random_state=np.random.RandomState(seeds[1]),
             iterator_train__augment=AUGMENTATIONS.get(self.augment, self.augment),
-            iterator_train__augment_seed=seeds[3],
+            iterator_train__augment_state=np.random.RandomState(seeds[3]),
             train_split=None,
             callbacks=self._callbacks(data, previous, endless, seeds[0]),
             verbose=0,

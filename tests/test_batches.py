@@ -119,7 +119,7 @@ def images(n=6, height=16, width=8):
 
 def augmented(augment, seed=0, data=None, epochs=1):
     data = data or TrainingData(images(), torch.arange(6), torch.ones(6), 6.0)
-    batches = Batches(data, 4, np.random.RandomState(0), augment, seed)
+    batches = Batches(data, 4, np.random.RandomState(0), augment, np.random.RandomState(seed))
     return [torch.cat([inputs for inputs, _ in batches]) for _ in range(epochs)]
 
 

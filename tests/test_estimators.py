@@ -1009,9 +1009,8 @@ def test_symmetry_is_kept_or_broken_as_the_task_asks():
         fits[task] = clf
     quadrant = tasks["quadrant"]
     assert fits["quadrant"].score(quadrant.X_test, quadrant.y_test) >= 0.86
-    # Of the whole network: which layer breaks the symmetry differs from run to run.
-    free = {task: clf.effective_dimensions_[:, 1].sum() for task, clf in fits.items()}
-    assert free["digit"] < 0.5 * free["quadrant"]
+    # By what the networks do: which layer breaks the symmetry, and how many dimensions of free
+    # pathways are left where it is kept, differ from run to run.
     errors = {task: clf.equivariance_error(tasks[task].X_test).logits for task, clf in fits.items()}
     assert errors["digit"] < 0.5 * errors["quadrant"]
     strict = SoftEquivariantClassifier(pathways="conv", random_state=0)
