@@ -89,7 +89,7 @@ def plan_curvature(
     name = "rademacher" if curvature == "auto" else curvature
     random = Estimator(name, samples, kfac)
     exact = replace(random, columns="exact")
-    if curvature == "exact" or samples >= n_outputs - 1:
+    if samples >= n_outputs - 1:
         random = exact
     if curvature != "auto":
         return CurvaturePlan(random, rows)

@@ -23,6 +23,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
+from .devices import full_precision
 from .kronecker import Factor, Kronecker, Root
 from .layers import SharedLinear, outer
 
@@ -121,19 +122,6 @@ class Curvature(NamedTuple):
     slopes: dict[str, float]
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """No TF32 on CUDA devices, whatever steps of the weights may use; restored afterwards."""
-    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    before = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with cudnn.flags(*before, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
 @full_precision()
 def kronecker_factors(
     network: nn.Module,
@@ -202,7 +190,7 @@ def kronecker_factors(
         for name, met in record.items():
             if name not in sums:
                 sums[name] = _FactorSums(met, estimator.kfac, lengthscales, constants.get(name))
-            sums[name].add_input(met.inputs, root_weight)
+            sums[name].add_input(met.inputs, root_weight, len(targets))
         if lengthscales:
             score = _score(likelihood, detached, targets, weights)
             moving = {name: r for name, r in record.items() if r.layer.interpolation is not None}
@@ -336,11 +324,13 @@ class _FactorSums:
         self.shared = layer.n_positions > 1 or n_blocks > 1
 
     @torch.no_grad()
-    def add_input(self, inputs: torch.Tensor, root_weight: torch.Tensor | None) -> None:
+    def add_input(
+        self, inputs: torch.Tensor, root_weight: torch.Tensor | None, n_rows: int
+    ) -> None:
         if self.known is not None:
             return
         # Eq. A
-        if self.kfac == "reduce" or self.left.keeps(len(inputs) * self.layer.n_positions):
+        if self.kfac == "reduce" or self.left.keeps(n_rows * self.layer.n_positions):
             self.left.add(_weighted(self._merged(self.layer.input_tokens(inputs)), root_weight))
         else:
             self.left.matrix.add_(self.layer.input_gram(inputs, root_weight))

@@ -207,6 +207,8 @@ def _solved(matrix: torch.Tensor) -> torch.Tensor:
     if matrix.shape[-1] == 1:
         return matrix[..., 0]
     try:
-        return torch.linalg.eigvalsh(matrix)
+        values = torch.linalg.eigvalsh(matrix)
+        # It passes over a NaN on the diagonal of a matrix that is diagonal otherwise.
+        return values + 0 * matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     except torch.linalg.LinAlgError:
         return torch.full_like(matrix[..., 0], torch.nan)

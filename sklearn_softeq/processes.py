@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["ALONE", "Processes", "joined", "own_device"]
+__all__ = ["ALONE", "Processes", "joined"]
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,3 @@ def joined(device: torch.device) -> Processes:
             return ALONE
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Processes(dist.get_rank(), dist.get_world_size())
-
-
-def own_device(device: torch.device) -> torch.device:
-    """Of several processes on one machine each has the CUDA device of its number."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return device

@@ -428,6 +428,32 @@ def kfac_expand(
     return factors
 
 
+def kfac_reduce(network, likelihood, inputs, weights) -> dict[str, tuple[Tensor, Tensor]]:
+    """A_b and Γ_b of every map by name, from the mean input and the sum of gradients over s.
+
+    A_b = Σ w ā āᵀ and Γ_b = Σ w p(y) (Σ_s g)(Σ_s g)ᵀ are (B, d, d); H_b = A_b ⊗ Γ_b / Σ w.
+    """
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for image, weight in zip(inputs, weights.tolist(), strict=True):
+        trace = Trace()
+        f = trace.run(network, "", image)
+        for name, tokens in trace.tokens.items():
+            positions, blocks, d_in = tokens.shape
+            d_out = trace.nudges[name].shape[2]
+            start = [tokens.new_zeros(s) for s in ((blocks, d_in, d_in), (blocks, d_out, d_out))]
+            left, _ = factors.setdefault(name, (start[0], start[1]))
+            for b in range(blocks):
+                mean = sum(tokens[s, b] for s in range(positions)) / positions
+                left[b] += weight * torch.outer(mean, mean)
+        for p, log_p in labels(likelihood, f):
+            grads = torch.autograd.grad(log_p, list(trace.nudges.values()), retain_graph=True)
+            for name, grad in zip(trace.nudges, grads, strict=True):
+                for b in range(grad.shape[1]):
+                    total = sum(grad[s, b] for s in range(grad.shape[0]))
+                    factors[name][1][b] += weight * p * torch.outer(total, total)
+    return factors
+
+
 def output_hessian(likelihood, f: Tensor) -> Tensor:
     """−∂² log p / ∂f² of one row as the expectation of the outer product of the score."""
     f = f.detach().requires_grad_()

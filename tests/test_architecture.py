@@ -17,6 +17,7 @@ PACKAGE = "sklearn_softeq"
 ORDER = (
     "_version",
     # ground
+    "devices",
     "processes",
     "groups",
     "anchors",
@@ -63,7 +64,14 @@ HOMES = {
 TESTS_OF_THEIR_OWN = {"common", "architecture", "examples", "docs", "lengthscales", "gpu"}
 
 # They know a tensor's name and the contract of its map, and nothing of the layer that has it.
-BLIND = {"hyperparameters", "curvature", "marginal_likelihood", "predictive", "symmetry"}
+BLIND = {
+    "hyperparameters",
+    "curvature",
+    "budget",
+    "marginal_likelihood",
+    "predictive",
+    "symmetry",
+}
 
 MAX_BODY = 40
 MAX_FILE = 450

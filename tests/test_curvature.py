@@ -1,18 +1,20 @@
 """Kronecker factors against literal loops, and against the full GGN where KFAC is exact."""
 
 from dataclasses import replace
+from itertools import product
+from typing import ClassVar
 
 import pytest
 import torch
 from cases import ALL_PATHWAYS, APPROXIMATE, EXACT, NetworkCase, chain, randomise
-from references import ggn, kfac_expand
+from references import ggn, kfac_expand, kfac_reduce
 from torch import nn
 
 from sklearn_softeq import curvature
 from sklearn_softeq.curvature import Estimator, kronecker_factors
-from sklearn_softeq.kronecker import Kronecker
+from sklearn_softeq.kronecker import Kronecker, Root
 from sklearn_softeq.kronecker import dense as as_matrix
-from sklearn_softeq.layers import FC, Conv
+from sklearn_softeq.layers import FC, Conv, SharedLinear
 from sklearn_softeq.likelihoods import Categorical, Gaussian
 from sklearn_softeq.networks import build_network
 
@@ -88,10 +90,10 @@ def test_biases_are_exact_blocks_of_the_ggn(case):
         close(found[name].to_dense(), matrix[places[name], places[name]])
 
 
-def block_errors(case):
+def block_errors(case, **options):
     """Relative error of each block A_b ⊗ Γ_b / N of each weight against the full GGN's."""
     network, batch = setting(case)
-    found = exact_factors(network, case.likelihood, batch)
+    found = exact_factors(network, case.likelihood, batch, **options)
     matrix, places = ggn(network, case.likelihood, batch[0], batch[2])
     errors = {}
     for name, kron in found.items():
@@ -135,6 +137,178 @@ def test_columns_of_other_blocks_stay_apart():
     assert found["blocks.0.factored_fc.V.weight"].left.shape == (d, c, c)
 
 
+# ── the other form: tokens are reduced to one before their product
+
+REDUCE = Estimator(kfac="reduce")
+
+
+@each_case
+def test_reduced_factors_against_loops(case):
+    network, batch = setting(case)
+    inputs, _, weights = batch
+    found = exact_factors(network, case.likelihood, batch, estimator=REDUCE)
+    for name, (left, right) in kfac_reduce(network, case.likelihood, inputs, weights).items():
+        close(found[f"{name}.weight"].left, left)
+        close(found[f"{name}.weight"].right, right / weights.sum())
+
+
+@each_case
+def test_forms_differ_where_positions_are_shared(case):
+    network, batch = setting(case)
+    expand = exact_factors(network, case.likelihood, batch)
+    reduce = exact_factors(network, case.likelihood, batch, estimator=REDUCE)
+    assert list(reduce) == list(expand)
+    for name, layer in maps_of(network).items():
+        weights = [found[f"{name}.weight"].to_dense() for found in (reduce, expand)]
+        if layer.n_positions == 1:
+            close(*weights)
+        else:
+            assert (weights[0] - weights[1]).norm() > 1e-3 * weights[1].norm(), name
+    for name in (name for name in expand if name.endswith("bias")):
+        close(reduce[name].to_dense(), expand[name].to_dense())  # exact either way
+
+
+def test_reduce_is_exact_before_a_mean_over_positions():
+    # The outputs of all positions meet in the same weights: Eschenhagen et al. 2023, section 3.2.
+    def pooled():
+        return chain(Conv(2, 3, (4, 6), (2, 2)), nn.AvgPool2d((2, 3)), FC(3, 2, (1, 1)))
+
+    case = NetworkCase("pooled", pooled, Gaussian(0.7), (2, 4, 6))
+    assert max(block_errors(case, estimator=REDUCE).values()) < 1e-10
+    assert max(block_errors(case).values()) > 1e-3
+
+
+def test_forms_of_one_map_by_hand():
+    # Patches (3, 1, 2), (1, 2, 3), (2, 3, 1) of the image 1, 2, 3; g = 1/σ² at each position.
+    layer = chain(Conv(1, 1, (1, 3))).double()
+    inputs = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)[None, None, None]
+    batch = (inputs, torch.zeros(1, 3), torch.ones(1).double())
+    mean = torch.full((1, 3, 3), 4.0, dtype=torch.float64)  # of a patch: (2, 2, 2)
+    kron = exact_factors(layer, Gaussian(0.5), batch, estimator=REDUCE)["layer0.weight"]
+    close(kron.left, mean)
+    close(kron.right, torch.full((1, 1, 1), 3 / 0.5, dtype=torch.float64))
+    kron = exact_factors(layer, Gaussian(0.5), batch)["layer0.weight"]
+    moments = torch.tensor([[14.0, 11, 11], [11, 14, 11], [11, 11, 14]], dtype=torch.float64)
+    close(kron.left[0], moments)
+    close(kron.right, torch.full((1, 1, 1), 1 / 0.5, dtype=torch.float64))
+
+
+# ── small samples: the tokens themselves instead of their products
+
+
+def maps_of(network):
+    return {name: m for name, m in network.named_modules() if isinstance(m, SharedLinear)}
+
+
+def roots(factors):
+    """The tensors and sides that are given by their roots."""
+    sides = {"left": lambda kron: kron.left, "right": lambda kron: kron.right}
+    return {
+        (name, side)
+        for name, kron in factors.items()
+        for side, of in sides.items()
+        if isinstance(of(kron), Root)
+    }
+
+
+def expected_roots(network, n_rows, n_columns, reduced=False):
+    """Where there are fewer tokens than the matrix has rows."""
+    for name, layer in maps_of(network).items():
+        n_blocks, n_out, n_in = layer.weight.shape
+        n_tokens = n_rows * (1 if reduced else layer.n_positions)
+        # Of a bias the tokens are sums over positions and blocks.
+        n_tokens_of_bias = n_rows if layer.n_positions * n_blocks > 1 else n_tokens
+        if n_tokens < n_in:
+            yield f"{name}.weight", "left"
+        if n_tokens * n_columns < n_out:
+            yield f"{name}.weight", "right"
+        if layer.bias is not None and n_tokens_of_bias * n_columns < n_out:
+            yield f"{name}.bias", "right"
+
+
+def parts(batch, sizes):
+    """A batch in several."""
+    return list(zip(*(column.split(sizes) for column in batch), strict=True))
+
+
+# More channels than a sample has positions and columns: also the gradients of a convolution.
+WIDE = NetworkCase(
+    "wide",
+    lambda: chain(Conv(1, 40, (2, 2)), nn.ReLU(), Conv(40, 3, (2, 2), (2, 2))),
+    Categorical(),
+    (1, 2, 2),
+)
+NAMES = ("all", "sparse", "all-gaussian", "group-readout", "one-p4-gaussian")
+SMALL = [replace(case, n=n) for case in (*map(BY_NAME.get, NAMES), WIDE) for n in (1, 2, 6)]
+each_small = pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case}-{case.n}")
+each_form = pytest.mark.parametrize("kfac", ["expand", "reduce"])
+
+
+def splits(n):
+    """At once, row by row, and so that each batch alone would be small where all are not."""
+    return {(n,), (1,) * n, *([(1, n - 1), (n - 1, 1)] if n > 1 else [])}
+
+
+@each_form
+@each_small
+def test_small_samples_are_kept_and_larger_ones_multiplied(case, kfac):
+    network, batch = setting(case)
+    inputs, _, weights = batch
+    n_columns = case.likelihood.hessian_root(network(inputs)).shape[2]
+    expected = set(expected_roots(network, case.n, n_columns, kfac == "reduce"))
+    slow = {"expand": kfac_expand, "reduce": kfac_reduce}[kfac]
+    factors = slow(network, case.likelihood, inputs, weights)
+    for sizes in splits(case.n):
+        options = {"estimator": Estimator(kfac=kfac)}
+        found = kronecker_factors(network, case.likelihood, parts(batch, sizes), **options).factors
+        assert roots(found) == expected
+        for name, (left, right, *_) in factors.items():
+            weight = as_matrices(found[f"{name}.weight"])
+            close(weight.left, left)
+            close(weight.right, right / weights.sum())
+
+
+@each_small
+def test_biases_of_small_samples(case):
+    network, batch = setting(case)
+    expected = kfac_expand(network, case.likelihood, batch[0], batch[2])
+    for sizes in splits(case.n):
+        found = exact_factors(network, case.likelihood, *parts(batch, sizes))
+        for name, (_, _, bias) in expected.items():
+            if bias is not None:
+                close(found[f"{name}.bias"].to_dense(), bias)
+
+
+def test_a_sample_grows_out_of_its_root():
+    # d_in = 8: seven rows are kept, the eighth makes a matrix of them, those after are added to it.
+    network = randomise(chain(FC(2, 2, (2, 2)))).double()
+    inputs = torch.randn(10, 2, 2, 2, dtype=torch.float64)
+    weights = torch.rand(10, dtype=torch.float64)
+    for n in (1, 6, 7, 8, 9, 10):
+        batch = (inputs[:n], torch.zeros(n, 8), weights[:n])
+        rows = inputs[:n].flatten(1)
+        expected = sum(w * torch.outer(x, x) for w, x in zip(weights, rows, strict=False))[None]
+        for sizes in ((n,), (1,) * n):
+            (found, *_) = kronecker_factors(network, Gaussian(), parts(batch, sizes))
+            left = found["layer0.weight"].left
+            assert isinstance(left, Root) == (n < 8)
+            close(as_matrix(left), expected)
+
+
+def test_factors_that_move_are_matrices():
+    case = replace(BY_NAME["sparse"], n=1)
+    network, batch = setting(case)
+    plain = kronecker_factors(network, case.likelihood, [batch]).factors
+    found = moving(network, case.likelihood, batch).factors
+    at_anchors = {
+        f"{name}.weight" for name, m in maps_of(network).items() if m.interpolation is not None
+    }
+    kept = {(name, side) for name, side in roots(plain) if name.endswith("weight")}
+    assert {name for name, _ in kept} & at_anchors
+    still = {(name, side) for name, side in roots(found) if name.endswith("weight")}
+    assert still == {(name, side) for name, side in kept if name not in at_anchors}
+
+
 # ── weights and parts of the data
 
 WEIGHTED = [
@@ -161,8 +335,8 @@ def test_a_weight_counts_repetitions(case):
 def test_several_batches_are_one(case):
     network, (inputs, targets, weights) = setting(case)
     whole = kronecker_factors(network, case.likelihood, [(inputs, targets, weights)])
-    parts = zip(*(t.split([1, 2, 1]) for t in (inputs, targets, weights)), strict=True)
-    found = kronecker_factors(network, case.likelihood, parts)
+    batches = parts((inputs, targets, weights), [1, 2, 1])
+    found = kronecker_factors(network, case.likelihood, batches)
     all_close(found.factors, whole.factors)
     assert found.log_likelihood == pytest.approx(whole.log_likelihood, rel=1e-12)
 
@@ -186,6 +360,19 @@ def test_log_likelihood_is_the_weighted_sum():
     log_p = network(inputs).log_softmax(1)
     expected = sum(w * row[y] for w, row, y in zip(weights, log_p, targets, strict=True))
     assert found.log_likelihood == pytest.approx(expected.item(), rel=1e-12)
+
+
+@each_form
+@each_weighted
+def test_weights_that_are_known_to_be_one_need_not_be_looked_at(case, kfac):
+    network, (inputs, targets, _) = setting(case)
+    batch = (inputs, targets, torch.ones(len(inputs), dtype=torch.float64))
+    options = {"estimator": Estimator(kfac=kfac), "lengthscales": True}
+    found = kronecker_factors(network, case.likelihood, [batch], unit_weights=True, **options)
+    expected = kronecker_factors(network, case.likelihood, [batch], **options)
+    all_close(found.factors, expected.factors)
+    assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-12)
+    close_derivatives(found, expected)
 
 
 def test_labels_of_the_data_do_not_matter():
@@ -246,14 +433,187 @@ def test_the_last_bit_decides_nothing(pathways, images):
                 assert change <= 1e-8 * getattr(kron, side).norm(), name
 
 
+# ── the input factors of the maps that see the images
+
+SEEING = {
+    "all": ("blocks.0.conv", "blocks.0.factored_fc.U", "blocks.0.fc"),
+    "sparse": (),  # Ψ may change
+    "group-readout": ("blocks.0.p4_conv", "blocks.0.conv", "blocks.0.factored_fc.U"),
+    "resnet": ("blocks.0.first.conv", "blocks.0.first.factored_fc.U"),
+    "group-resnet": ("blocks.0.first.pm_conv",),
+    "one-pooled-gaussian": ("layer0",),
+}
+
+
+def with_new_weights(network):
+    """The same at other weights; those of a first layer are among them."""
+    for module in network.modules():
+        if isinstance(module, SharedLinear):
+            with torch.no_grad():
+                module.weight.mul_(0.7).add_(0.1)
+
+
+@each_form
+@pytest.mark.parametrize("name", SEEING)
+def test_input_factors_that_hang_on_no_weight_are_computed_once(name, kfac):
+    case = BY_NAME[name]
+    network, batch = setting(case)
+    batches, constants = parts(batch, [1, case.n - 1]), {}
+    options = {"estimator": Estimator(kfac=kfac), "lengthscales": True}
+    first = kronecker_factors(network, case.likelihood, batches, constants=constants, **options)
+    assert set(constants) == set(SEEING[name])
+    kept = dict(constants)
+    with_new_weights(network)
+    second = kronecker_factors(network, case.likelihood, batches, constants=constants, **options)
+    for key, factor in kept.items():
+        assert constants[key] is factor
+        assert first.factors[f"{key}.weight"].left is factor
+        assert second.factors[f"{key}.weight"].left is factor
+    expected = kronecker_factors(network, case.likelihood, batches, **options)
+    all_close(second.factors, expected.factors)
+    close_derivatives(second, expected)
+    assert second.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 6])
+def test_input_factors_that_are_there_are_not_looked_at(monkeypatch, n):
+    # Whether they are given by their roots or not; the others are computed and put in.
+    case = replace(BY_NAME["all"], n=n)
+    network, batch = setting(case)
+    wrong = torch.full((1, 12, 12), 42.0, dtype=torch.float64)
+    constants = {"blocks.0.conv": wrong}
+    monkeypatch.setattr(network.blocks[0].conv, "input_gram", None)
+    monkeypatch.setattr(network.blocks[0].conv, "input_tokens", None)
+    found = kronecker_factors(network, case.likelihood, [batch], constants=constants).factors
+    assert found["blocks.0.conv.weight"].left is wrong
+    assert set(constants) == set(SEEING["all"])
+    monkeypatch.undo()
+    expected = kronecker_factors(network, case.likelihood, [batch]).factors
+    del found["blocks.0.conv.weight"], expected["blocks.0.conv.weight"]
+    all_close(found, expected)
+
+
+def test_factors_of_a_sample_stand_for_any_number_of_observations():
+    # What is kept is scaled by no N: the same sample may stand for another one.
+    case = BY_NAME["all"]
+    network, batch = setting(case)
+    constants = {}
+    for total in (1000.0, 3.0):
+        options = {"total_weight": total}
+        found = kronecker_factors(
+            network, case.likelihood, [batch], constants=constants, **options
+        ).factors
+        all_close(found, kronecker_factors(network, case.likelihood, [batch], **options).factors)
+
+
+# ── several processes
+
+OWN = slice(0, None, 2), slice(1, None, 2)
+
+
+def in_two_processes(run):
+    """What two processes find that add their sums to each other's, and how many numbers those are.
+
+    Run one after the other, twice: first for what each sends, then with what the other sent.
+    """
+    sent, found = ([], []), []
+    for mine, own in zip(sent, OWN, strict=True):
+        run(own, lambda flat, mine=mine: mine.append(flat.clone()))
+    for theirs, own in zip(reversed(sent), OWN, strict=True):
+        found.append(run(own, lambda flat, theirs=theirs: flat.add_(*theirs)))
+    shapes = {(flat.dtype, tuple(flat.shape)) for mine in sent for flat in mine}
+    ((dtype, (n_sent,)),) = shapes
+    assert dtype == torch.float64
+    assert [len(mine) for mine in sent] == [1, 1]  # all in one go
+    return found, n_sent
+
+
+def runner(case, network, batches, constants=None, **options):
+    """A process with its rows, random columns and known input factors."""
+
+    def run(own=slice(None), reduction=None):
+        return kronecker_factors(
+            network,
+            case.likelihood,
+            batches,
+            own=own,
+            reduction=reduction,
+            generator=torch.Generator().manual_seed(3),
+            constants=dict(constants[own.start]) if constants else {},
+            **options,
+        )
+
+    return run
+
+
+def same(found, expected):
+    all_close(found.factors, expected.factors)
+    assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-12)
+    close_derivatives(found, expected)
+
+
+SHARED_OUT = {
+    "exact": {},
+    "reduce": {"estimator": REDUCE},
+    "rademacher": {"estimator": Estimator("rademacher")},
+    "sketches": {"estimator": Estimator("rademacher", 3)},
+    "label": {"estimator": Estimator("monte_carlo")},
+    "labels": {"estimator": Estimator("monte_carlo", 2)},
+    "lengthscales": {"lengthscales": True},
+    "reduced lengthscales": {"lengthscales": True, "estimator": REDUCE},
+    "part": {"lengthscales": True, "total_weight": 1000.0},
+}
+
+
+@pytest.mark.parametrize("options", SHARED_OUT.values(), ids=SHARED_OUT)
+@pytest.mark.parametrize("name", ["all", "sparse", "all-gaussian", "group-readout"])
+def test_rows_shared_out_to_processes_add_up(name, options):
+    # Of a batch of one row one process sees none; both draw the random columns of all rows.
+    case = replace(BY_NAME[name], n=5)
+    network, batch = setting(case)
+    run = runner(case, network, parts(batch, [1, 4]), **options)
+    several, _ = in_two_processes(run)
+    expected = run()
+    for found in several:
+        same(found, expected)
+    for name, kron in several[0].factors.items():
+        assert torch.equal(kron.to_dense(), several[1].factors[name].to_dense())
+
+
+def test_rows_of_a_process_are_its_own():
+    # Without the sums of the other it stands for less.
+    case = replace(BY_NAME["all"], n=5)
+    network, batch = setting(case)
+    for own in OWN:
+        mine = tuple(column[own] for column in batch)
+        found = kronecker_factors(network, case.likelihood, [batch], own=own)
+        same(found, kronecker_factors(network, case.likelihood, [mine]))
+
+
+@pytest.mark.parametrize("n", [2, 9])
+def test_processes_that_know_the_input_factors_send_the_rest(n):
+    case = replace(BY_NAME["all"], n=n)
+    network, batch = setting(case)
+    first, n_everything = in_two_processes(runner(case, network, [batch]))
+    constants = {
+        own.start: {name: found.factors[f"{name}.weight"].left for name in SEEING["all"]}
+        for own, found in zip(OWN, first, strict=True)
+    }
+    with_new_weights(network)
+    second, n_rest = in_two_processes(runner(case, network, [batch], constants))
+    for found in second:
+        same(found, kronecker_factors(network, case.likelihood, [batch]))
+    n_known = sum(as_matrix(factor).numel() for factor in constants[0].values())
+    assert n_rest == n_everything - n_known
+
+
 # ── sketches
 
 
-def sketched(case, network, batch, seed=0, n_sketches=1):
+def sketched(case, network, batch, seed=0, n_sketches=1, columns="rademacher"):
     generator = torch.Generator().manual_seed(seed)
-    return exact_factors(
-        network, case.likelihood, batch, estimator=rademacher(n_sketches), generator=generator
-    )
+    estimator = Estimator(columns, n_sketches)
+    return exact_factors(network, case.likelihood, batch, estimator=estimator, generator=generator)
 
 
 @pytest.mark.parametrize("name", ["all", "all-gaussian"])
@@ -280,11 +640,15 @@ def test_mean_over_draws_of_the_sketch(n_sketches):
         assert (mean - kron.right).norm() <= 0.25 * kron.right.norm(), tensor
 
 
-def test_a_sketch_follows_its_generator_alone():
-    case = BY_NAME["all"]
+@pytest.mark.parametrize("name", ["sparse", "all-gaussian"])  # sure of no label
+@pytest.mark.parametrize("columns", ["rademacher", "monte_carlo"])
+def test_random_columns_follow_their_generator_alone(name, columns):
+    case = BY_NAME[name]
     network, batch = setting(case)
     state = torch.get_rng_state()
-    first, again, other = (sketched(case, network, batch, seed) for seed in (0, 0, 1))
+    first, again, other = (
+        sketched(case, network, batch, seed, 8, columns=columns) for seed in (0, 0, 1)
+    )
     assert torch.equal(torch.get_rng_state(), state)
     for name, kron in first.items():
         assert torch.equal(kron.right, again[name].right)
@@ -300,6 +664,52 @@ def test_one_generator_draws_anew_for_each_batch():
     alone = [exact_factors(network, case.likelihood, one, **options) for _ in range(8)]
     right = [draw["head.output.weight"].right for draw in alone]
     assert any(not torch.allclose(right[0], other) for other in right[1:])
+
+
+class EveryLabel(Categorical):
+    """Whose labels are one of each class, as often as they are expected, and not random."""
+
+    def hessian_labels(self, outputs, n_labels, generator):
+        p = outputs.softmax(1)
+        assert n_labels == p.shape[1]
+        scores = torch.eye(n_labels, dtype=p.dtype) - p[:, :, None]  # (n, K, y)
+        return scores * p[:, None].sqrt()
+
+
+class EverySign(Categorical):
+    """Whose signs are all of those that there are, and not random."""
+
+    def hessian_sketch(self, outputs, n_sketches, generator):
+        signs = torch.tensor(list(product((-1.0, 1.0), repeat=outputs.shape[1]))).T.double()
+        assert n_sketches == signs.shape[1]
+        p = outputs.softmax(1)
+        s = torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None]
+        return s @ signs / n_sketches**0.5
+
+
+@each_form
+@pytest.mark.parametrize(
+    ("columns", "samples", "likelihood"),
+    [("monte_carlo", 3, EveryLabel()), ("rademacher", 8, EverySign())],
+)
+def test_all_random_columns_are_the_exact_factors(columns, samples, likelihood, kfac):
+    case = BY_NAME["all"]
+    network, batch = setting(case)
+    exact = exact_factors(network, case.likelihood, batch, estimator=Estimator(kfac=kfac))
+    options = {"estimator": Estimator(columns, samples, kfac), "generator": torch.Generator()}
+    all_close(exact_factors(network, likelihood, batch, **options), exact)
+
+
+def test_exact_columns_have_no_number_and_need_no_generator():
+    case = BY_NAME["all"]
+    network, batch = setting(case)
+    exact = exact_factors(network, case.likelihood, batch)
+    all_close(
+        exact_factors(network, case.likelihood, batch, estimator=Estimator("exact", 7)), exact
+    )
+    for columns in ("rademacher", "monte_carlo"):
+        with pytest.raises(AssertionError):
+            exact_factors(network, case.likelihood, batch, estimator=Estimator(columns))
 
 
 # ── derivatives in the lengthscales (their values: test_lengthscales)
@@ -352,16 +762,17 @@ def test_what_moves():
     assert {f"{name}.weight" for name in found.slopes} == {name for name, _ in expected}
 
 
-@pytest.mark.parametrize("n_sketches", [0, 2])
+@each_form
+@pytest.mark.parametrize("columns", ["exact", "rademacher"])
 @pytest.mark.parametrize("case", SPARSE[:2], ids=str)
-def test_tangents_are_the_derivatives_of_the_factors(case, n_sketches):
+def test_tangents_are_the_derivatives_of_the_factors(case, columns, kfac):
     # In one linear layer with Gaussian noise the tokens in pixels do not depend on ω.
     network, batch = setting(case)
     h = 1e-4
 
     def look():
         generator = torch.Generator().manual_seed(0)
-        options = {"estimator": rademacher(n_sketches), "generator": generator}
+        options = {"estimator": Estimator(columns, 2, kfac), "generator": generator}
         return moving(network, case.likelihood, batch, **options).factors
 
     for name, layer in network.named_modules():
@@ -393,25 +804,30 @@ def close_derivatives(found, expected):
         close(tangent, other[key])
 
 
+@each_form
 @each_sparse
-def test_derivatives_of_weighted_rows(case):
+def test_derivatives_of_weighted_rows(case, kfac):
     network, (inputs, targets, _) = setting(case)
+    options = {"estimator": Estimator(kfac=kfac)}
     repeats = torch.tensor([2, 1, 0, 3])
     twice = (inputs.repeat_interleave(repeats, 0), targets.repeat_interleave(repeats, 0))
-    repeated = moving(network, case.likelihood, (*twice, torch.ones(6, dtype=torch.float64)))
-    weighted = moving(network, case.likelihood, (inputs, targets, repeats.double()))
+    ones = torch.ones(6, dtype=torch.float64)
+    repeated = moving(network, case.likelihood, (*twice, ones), **options)
+    weighted = moving(network, case.likelihood, (inputs, targets, repeats.double()), **options)
     close_derivatives(weighted, repeated)
 
 
+@each_form
 @each_sparse
-def test_derivatives_of_parts(case):
+def test_derivatives_of_parts(case, kfac):
     network, batch = setting(case)
-    whole = moving(network, case.likelihood, batch)
-    parts = zip(*(t.split([1, 2, 1]) for t in batch), strict=True)
-    close_derivatives(moving(network, case.likelihood, *parts), whole)
+    options = {"estimator": Estimator(kfac=kfac)}
+    whole = moving(network, case.likelihood, batch, **options)
+    found = moving(network, case.likelihood, *parts(batch, [1, 2, 1]), **options)
+    close_derivatives(found, whole)
     # A part that stands for the whole: each slope and each ∂(A ⊗ Γ) times the same number.
     scale = 1000.0 / batch[2].sum().item()
-    found = moving(network, case.likelihood, batch, total_weight=1000.0)
+    found = moving(network, case.likelihood, batch, total_weight=1000.0, **options)
     expected = {name: scale * slope for name, slope in whole.slopes.items()}
     assert found.slopes == pytest.approx(expected, rel=1e-12)
     for (name, side), tangent in tangents(found.factors).items():
@@ -496,6 +912,26 @@ def test_no_hook_is_left_after_an_exception():
     with pytest.raises(RuntimeError):  # too many channels for the first layer
         kronecker_factors(network, case.likelihood, [(torch.cat([batch[0]] * 2, 1), *batch[1:])])
     assert hooks(network) == []
+
+
+class Looking(Categorical):
+    """Notes the precision of convolutions while columns are drawn."""
+
+    seen: ClassVar[list[str]] = []
+
+    def hessian_root(self, outputs):
+        self.seen.append(torch.backends.cudnn.conv.fp32_precision)
+        return super().hessian_root(outputs)
+
+
+def test_a_pass_is_in_full_precision():
+    case = BY_NAME["fc"]
+    network, batch = setting(case)
+    before = torch.backends.cudnn.conv.fp32_precision
+    assert before != "ieee"
+    kronecker_factors(network, Looking(), [batch])
+    assert Looking.seen == ["ieee"]
+    assert torch.backends.cudnn.conv.fp32_precision == before
 
 
 def test_a_pathway_that_is_off_has_no_factors():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sklearn_softeq import kronecker
-from sklearn_softeq.kronecker import Kronecker, spectra
+from sklearn_softeq.kronecker import Kronecker, Root, dense, spectra
 
 SHAPES = [(1, 3, 4), (3, 2, 4), (2, 1, 3), (4, 3, 1), (1, 1, 1)]  # (B, d_in, d_out)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -24,6 +24,11 @@ def matrix(shape, **options):
 
 def spectrum(kron):
     return spectra({"w": kron})["w"]
+
+
+def close(found, expected):
+    scale = max(expected.abs().max().item(), 1e-6)
+    torch.testing.assert_close(found, expected, atol=1e-10 * scale, rtol=1e-10)
 
 
 @each_shape
@@ -53,6 +58,93 @@ def test_spectrum_against_the_dense_matrix(shape, delta, rank):
     torch.testing.assert_close(
         found.eigenvalues().flatten().sort().values, torch.linalg.eigvalsh(dense), atol=1e-9, rtol=0
     )
+
+
+def test_a_matrix_is_its_own_dense_form():
+    given = positive(2, 3)
+    assert dense(given) is given
+
+
+# ── factors given by their roots
+
+ROOTS = [(1, 1, 3), (1, 3, 4), (3, 2, 5), (2, 1, 2), (4, 4, 9)]  # (B, r, d)
+each_root = pytest.mark.parametrize("shape", ROOTS, ids=str)
+
+
+def root(shape):
+    return Root(torch.randn(shape, dtype=torch.float64))
+
+
+@each_root
+def test_products_of_a_root(shape):
+    given = root(shape)
+    across, among = given.dense(), given.gram()
+    assert across.shape == (shape[0], shape[2], shape[2])
+    assert among.shape == (shape[0], shape[1], shape[1])
+    for b, rows in enumerate(given.rows):
+        close(across[b], sum(torch.outer(row, row) for row in rows))
+        close(among[b], torch.stack([torch.stack([x @ y for y in rows]) for x in rows]))
+    close(dense(given), across)
+
+
+def with_roots(sides):
+    """A matrix of three blocks with roots on some sides, and the same without them."""
+    given = Kronecker(
+        root((3, 2, 5)) if "left" in sides else positive(3, 5),
+        root((3, 1, 4)) if "right" in sides else positive(3, 4),
+    )
+    return given, Kronecker(dense(given.left), dense(given.right))
+
+
+each_rooted_side = pytest.mark.parametrize("sides", [("left",), ("right",), ("left", "right")])
+
+
+@each_rooted_side
+def test_dense_matrix_of_roots(sides):
+    given, plain = with_roots(sides)
+    expected = [torch.kron(a, g) for a, g in zip(plain.left, plain.right, strict=True)]
+    close(given.to_dense(), torch.block_diag(*expected))
+
+
+@each_rooted_side
+@pytest.mark.parametrize("delta", [1e-3, 1.0, 50.0])
+def test_spectrum_of_roots_against_the_dense_matrix(sides, delta):
+    given, plain = with_roots(sides)
+    matrix_, precision = plain.to_dense(), torch.tensor(delta, dtype=torch.float64)
+    eye = torch.eye(len(matrix_), dtype=torch.float64)
+    found = spectrum(given)
+    log_det = torch.logdet(matrix_ + delta * eye) - len(matrix_) * precision.log()
+    close(found.log_det_ratio(precision), log_det)
+    gamma = torch.trace(matrix_ @ torch.linalg.inv(matrix_ + delta * eye))
+    close(found.effective_dimensions(precision), gamma)
+
+
+@each_rooted_side
+def test_eigenvalues_of_roots_are_those_that_can_be_more_than_zero(sides):
+    given, plain = with_roots(sides)
+    found, expected = spectrum(given), torch.linalg.eigvalsh(plain.to_dense())
+    assert found.left.shape == (3, 2 if "left" in sides else 5)
+    assert found.right.shape == (3, 1 if "right" in sides else 4)
+    values = found.eigenvalues().flatten().sort().values
+    close(values, expected[-len(values) :])
+    assert expected[: -len(values)].abs().max() < 1e-10 * expected[-1]
+    assert values.min() > 1e-6  # none of them is lost among zeros
+
+
+def test_a_root_that_moves_is_multiplied_out():
+    given, plain = with_roots(("left",))
+    moving = symmetric(3, 5)
+    found, expected = (spectrum(replace(k, left_tangent=moving)) for k in (given, plain))
+    delta = torch.tensor(0.7, dtype=torch.float64)
+    close(found.log_det_slope(delta), dense_slope(replace(plain, left_tangent=moving), 0.7))
+    close(found.left, expected.left)
+
+
+def test_rounding_below_zero_is_cut_in_a_root_of_equal_rows():
+    rows = torch.randn(2, 1, 50).expand(-1, 20, -1)
+    found = spectrum(Kronecker(Root(rows), torch.ones(2, 1, 1))).left
+    assert found.dtype == torch.float64
+    assert found.min() >= 0
 
 
 @each_shape
@@ -189,6 +281,109 @@ def test_equal_factors_of_two_tensors_are_not_taken_for_one():
         torch.testing.assert_close(found[name].right, torch.linalg.eigvalsh(kron.right))
 
 
+# ── many at once
+
+
+def several():
+    """Matrices of equal and of other sizes, blocks and forms; one of them is in two places."""
+    shared = positive(1, 3)
+    return {
+        "first": Kronecker(positive(1, 3), positive(1, 2)),
+        "blocks": Kronecker(positive(4, 3), positive(4, 3)),
+        "root": Kronecker(root((2, 3, 5)), root((2, 2, 3))),
+        "weight": Kronecker(positive(1, 5), shared),
+        "bias": Kronecker(torch.tensor([[[7.0]]], dtype=torch.float64), shared),
+        "roots of other sizes": Kronecker(root((1, 3, 8)), root((1, 1, 2))),
+    }
+
+
+def eigenvalues_of(factor):
+    """Of each block by itself; of a root as many as it has rows."""
+    n_values = factor.rows.shape[1] if isinstance(factor, Root) else factor.shape[1]
+    return torch.stack([torch.linalg.eigvalsh(m)[-n_values:] for m in dense(factor)])
+
+
+def test_each_of_many_has_its_own_eigenvalues():
+    factors = several()
+    found = spectra(factors)
+    assert list(found) == list(factors)
+    for name, kron in factors.items():
+        close(found[name].left, eigenvalues_of(kron.left))
+        close(found[name].right, eigenvalues_of(kron.right))
+
+
+def test_those_of_one_size_are_decomposed_together(decomposed):
+    spectra(several())
+    n_blocks = {given.shape[1:]: len(given) for given in decomposed}
+    assert len(decomposed) == len(n_blocks)
+    assert n_blocks == {(3, 3): 1 + 4 + 4 + 2 + 1 + 1, (2, 2): 1 + 2, (5, 5): 1}
+
+
+def test_of_many_in_two_dtypes_each_is_right():
+    one, other = matrix((2, 3, 4), dtype=torch.float32), matrix((2, 3, 4))
+    found = spectra({"one": one, "other": other})
+    close(found["other"].left, eigenvalues_of(other.left))
+    torch.testing.assert_close(
+        found["one"].left, eigenvalues_of(one.left.double()), atol=1e-5, rtol=1e-5
+    )
+    assert found["one"].left.dtype == found["other"].left.dtype == torch.float64
+
+
+def test_nothing_to_decompose():
+    assert spectra({}) == {}
+
+
+# ── what is known already
+
+
+def poison(factor):
+    return torch.full((len(dense(factor)), 2), 42.0, dtype=torch.float64)
+
+
+def test_what_is_known_is_taken_and_not_decomposed(decomposed):
+    kron = matrix((2, 3, 4))
+    known = {id(kron.left): poison(kron.left)}
+    found = spectra({"w": kron}, known)["w"]
+    assert torch.equal(found.left, poison(kron.left))
+    close(found.right, eigenvalues_of(kron.right))
+    assert [given.shape for given in decomposed[:1]] == [(2, 4, 4)]
+
+
+def test_what_has_been_decomposed_is_known(decomposed):
+    factors, known = several(), {}
+    found = spectra(factors, known)
+    everything = {id(f): f for kron in factors.values() for f in (kron.left, kron.right)}
+    assert set(known) == set(everything)
+    n_calls = len(decomposed)
+    again = spectra(factors, known)
+    assert len(decomposed) == n_calls
+    for name, values in found.items():
+        assert again[name].left is values.left
+        assert again[name].right is values.right
+    for key, factor in everything.items():
+        close(known[key], eigenvalues_of(factor))
+
+
+def test_what_is_known_of_others_stays():
+    other, kron = torch.zeros(1, 1, 1), matrix((1, 2, 3))
+    known = {id(other): poison(other)}
+    spectra({"w": kron}, known)
+    assert set(known) == {id(other), id(kron.left), id(kron.right)}
+    assert torch.equal(known[id(other)], poison(other))
+
+
+def test_what_moves_is_not_known():
+    kron = replace(matrix((2, 3, 4)), left_tangent=symmetric(2, 3))
+    known = {}
+    spectra({"w": kron}, known)
+    assert set(known) == {id(kron.right)}
+    known = {id(kron.left): poison(kron.left)}
+    close(spectra({"w": kron}, known)["w"].left, eigenvalues_of(kron.left))
+
+
+# ── what cannot be decomposed
+
+
 def test_rounding_below_zero_is_cut():
     found = spectrum(matrix((2, 30, 40), dtype=torch.float32, rank=1))
     assert found.left.dtype == found.right.dtype == torch.float64
@@ -222,3 +417,54 @@ def test_a_factor_that_is_not_finite_is_an_error_with_its_name(bad, shape, dtype
     kron.right[0, 0, 0] = bad
     with pytest.raises(ValueError, match="'blocks.2.conv.weight'.*not finite"):
         spectra({"blocks.2.conv.weight": kron})
+
+
+@pytest.mark.parametrize("failure", ["nan", "error"])
+def test_a_failure_of_one_of_many_leaves_the_others_right(monkeypatch, failure):
+    # Either the values of one matrix are NaN, or none of the group can be had in float32.
+    solve = torch.linalg.eigvalsh
+    factors = {name: matrix((2, 3, 3), dtype=torch.float32) for name in "abc"}
+
+    def fails_in_float32(given):
+        if given.dtype == torch.float32 and failure == "error":
+            raise torch.linalg.LinAlgError("no convergence")
+        values = solve(given)
+        if given.dtype == torch.float32:
+            values[3] = torch.nan
+        return values
+
+    monkeypatch.setattr(kronecker.torch.linalg, "eigvalsh", fails_in_float32)
+    found = spectra(factors)
+    for name, kron in factors.items():
+        for side in ("left", "right"):
+            expected = solve(getattr(kron, side).double())
+            values = getattr(found[name], side)
+            torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-5)
+
+
+def spoil(factor, bad):
+    """As if one entry of a token were not finite: a row of a root, a row and a column of a sum."""
+    if isinstance(factor, Root):
+        factor.rows[0, 0, 0] = bad
+    else:
+        factor[0, 0] = factor[0, :, 0] = bad
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", list(several()))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_of_many_the_one_that_is_not_finite_is_named(bad, name, side):
+    factors = several()
+    spoil(getattr(factors[name], side), bad)
+    shared = name in ("weight", "bias") and side == "right"
+    named = "(weight|bias)" if shared else name
+    with pytest.raises(ValueError, match=f"factor of '{named}'.*not finite"):
+        spectra(factors)
+
+
+def test_a_nan_on_the_diagonal_is_seen():
+    # The solver alone passes over it where nothing stands beside the diagonal.
+    matrix = torch.eye(3, dtype=torch.float64)[None].clone()
+    matrix[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="'w'.*not finite"):
+        spectra({"w": Kronecker(matrix, torch.ones(1, 1, 1, dtype=torch.float64))})

@@ -194,6 +194,15 @@ def test_gram_is_that_of_the_tokens(case):
             torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
 
+@each_layer
+def test_gradient_gram_is_that_of_the_tokens(case):
+    for layer, _, out in maps(case.pathway(), case.inputs()).values():
+        grads = torch.randn_like(out)
+        tokens = layer.gradient_tokens(grads)
+        expected = torch.einsum("nsbi,nsbj->bij", tokens, tokens)
+        torch.testing.assert_close(layer.gradient_gram(grads), expected, atol=1e-10, rtol=1e-10)
+
+
 def test_outer_is_a_sum_over_rows_and_positions():
     left, right = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 6)
     expected = sum(

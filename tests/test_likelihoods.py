@@ -126,15 +126,89 @@ def test_sketch_is_unbiased_over_draws(likelihood):
 
 
 @each_model
-def test_sketch_follows_its_generator_alone(likelihood):
-    outputs = random_logits()
+@pytest.mark.parametrize("random", ["hessian_sketch", "hessian_labels"])
+def test_random_columns_follow_their_generator_alone(likelihood, random):
+    outputs, draw = random_logits(), getattr(likelihood, random)
     state = torch.get_rng_state()
     first, again, other = (
-        likelihood.hessian_sketch(outputs, 3, torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+        draw(outputs, 3, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
+    assert first.dtype == torch.float64
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# ── labels of the model
+
+N_LABELS = 20_000
+
+
+def drawn(likelihood, outputs, seed=1):
+    """Columns as if each were the only one, (n, K, labels)."""
+    generator = torch.Generator().manual_seed(seed)
+    return N_LABELS**0.5 * likelihood.hessian_labels(outputs, N_LABELS, generator)
+
+
+def near(samples, expected):
+    """Whether the mean over the last axis is within its error of what it should be."""
+    error = 5 * samples.std(-1) / N_LABELS**0.5
+    unseen = 1 / N_LABELS  # what is rarer than that may not have been drawn at all
+    return ((samples.mean(-1) - expected).abs() <= error + unseen).all()
+
+
+@each_logits
+def test_labels_have_the_hessian_for_their_mean_square(logits):
+    outputs = logits()
+    columns = drawn(CATEGORICAL, outputs)
+    assert columns.shape == (*outputs.shape, N_LABELS)
+    expected = negative_hessian(CATEGORICAL, outputs)
+    assert near(columns[:, :, None] * columns[:, None], expected)
+    assert near(columns, torch.zeros_like(outputs))
+
+
+@pytest.mark.parametrize("noise_variance", [0.04, 1.0, 9.0])
+def test_noise_has_the_hessian_for_its_mean_square(noise_variance):
+    outputs, likelihood = random_logits(n=4, k=3), Gaussian(noise_variance)
+    columns = drawn(likelihood, outputs)
+    assert columns.shape == (*outputs.shape, N_LABELS)
+    expected = negative_hessian(likelihood, outputs)
+    assert near(columns[:, :, None] * columns[:, None], expected)
+    # Of the size of a score of the model's own noise, not only on average.
+    assert near(columns**4, 3 * torch.full_like(outputs, noise_variance**-2))
+
+
+@each_logits
+def test_a_label_is_one_class_for_sure(logits):
+    # ∇ log p(y | f) for some class y of positive probability, at each draw.
+    outputs = logits()
+    probabilities = outputs.softmax(1)
+    columns = 2 * CATEGORICAL.hessian_labels(outputs, 4, torch.Generator().manual_seed(0))
+    labels = columns + probabilities[:, :, None]
+    expected = torch.nn.functional.one_hot(labels.argmax(1), outputs.shape[1]).transpose(1, 2)
+    torch.testing.assert_close(labels, expected.double(), atol=1e-12, rtol=0)
+    assert (probabilities.gather(1, labels.argmax(1)) > 0).all()
+
+
+@each_model
+def test_labels_are_independent_of_each_other(likelihood):
+    columns = drawn(likelihood, random_logits(n=3, k=3))
+    zero = torch.zeros(3, 3, dtype=torch.float64)
+    # from one column to the next, and from one row to the next
+    assert near(columns[:, :, None] * columns[:, None].roll(1, -1), zero)
+    assert near(columns[:, :, None] * columns.roll(1, 0)[:, None], zero)
+    # as are their squares
+    squares = columns**2 - columns.square().mean(-1, keepdim=True)
+    assert near(squares * squares.roll(1, -1), zero)
+
+
+@each_model
+def test_labels_in_float32(likelihood):
+    outputs = random_logits().float()
+    found = likelihood.hessian_labels(outputs, 3, torch.Generator().manual_seed(1))
+    assert found.dtype == torch.float32
+    expected = likelihood.hessian_labels(outputs.double(), 3, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(found, expected.float())
 
 
 def test_links():

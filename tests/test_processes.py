@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sklearn_softeq.processes import ALONE, Processes, joined, own_device
+from sklearn_softeq.processes import ALONE, Processes, joined
 
 # ── alone
 
@@ -29,15 +29,6 @@ def test_a_process_is_alone_unless_it_was_launched_with_others(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert joined(torch.device("cpu")) == ALONE
-
-
-def test_each_process_has_a_cuda_device_of_its_own(monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert own_device(torch.device("cuda")) == torch.device("cuda:0")
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert own_device(torch.device("cuda")) == torch.device("cuda:3")
-    for named in ("cuda:1", "cpu"):
-        assert own_device(torch.device(named)) == torch.device(named)
 
 
 # ── under torchrun

@@ -66,10 +66,11 @@ class Conv(SharedLinear, Pathway):
 
     def pad(self, inputs: torch.Tensor) -> torch.Tensor:
         """Feature maps with the rows and columns of the torus beside them that filters read."""
-        margins = []
-        for side, taps, step in zip(inputs.shape[2:], self.kernel, self.stride, strict=True):
-            # At stride 2 and an even side nothing beyond the last pixel is read.
-            margins.append((taps // 2, 0 if step == 2 and side % 2 == 0 else taps // 2))
+        # At stride 2 nothing beyond the last pixel is read.
+        margins = [
+            (taps // 2, 0 if step == 2 else taps // 2)
+            for taps, step in zip(self.kernel, self.stride, strict=True)
+        ]
         return circular_pad(inputs, *margins)
 
     def patches(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,8 @@ class _Pad(torch.autograd.Function):
     def forward(inputs: torch.Tensor, rows: Grid, columns: Grid) -> torch.Tensor:
         height, width = inputs.shape[2:]
         (top, bottom), (left, right) = rows, columns
+        assert max(rows) <= height, "more than once around"
+        assert max(columns) <= width, "more than once around"
         shape = (*inputs.shape[:2], top + height + bottom, left + width + right)
         padded = inputs.new_empty(shape)
         middle = padded[:, :, top : top + height]
