@@ -120,6 +120,9 @@ def test_every_pathway_is_removed(plt):
     display = random_symmetry(3, 2)
     display.prior_precision = np.full((3, 2), np.inf)
     display.plot().figure_.canvas.draw()
+    # At points that an axis without any number can show, and said once.
+    assert [text.get_text() for text in display.axes_[1].texts] == ["removed"]
+    assert all(np.isfinite(marker.get_xdata()).all() for marker in display.markers_)
 
 
 def test_a_layer_may_lack_a_pathway(plt):

@@ -225,10 +225,13 @@ def test_output_shares_see_the_layers_own_inputs():
 def seen_by_layers(network, x):
     """The input of each sum of pathways, by hooks of our own."""
     seen, handles = {}, []
+
+    def keep(name):
+        return lambda _, args: seen.update({name: args[0].detach()})
+
     for name, module in network.named_modules():
         if isinstance(module, PathwaySum):
-            hook = lambda _, args, name=name: seen.update({name: args[0].detach()})  # noqa: E731
-            handles.append(module.register_forward_pre_hook(hook))
+            handles.append(module.register_forward_pre_hook(keep(name)))
     network(x)
     for handle in handles:
         handle.remove()

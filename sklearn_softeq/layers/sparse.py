@@ -28,11 +28,8 @@ class SparseU(FactorU):
 
     @torch.no_grad()
     def draw(self, variance: float, generator: torch.Generator | None) -> None:
-        """Fit a dense draw of this variance; see :func:`_fit`."""
-        blocks, n_out, _ = self.weight.shape
-        shape = (blocks, n_out, self.interpolation.matrix.shape[1])
-        dense = self.draw_like(self.weight.new_empty(shape), variance, generator)
-        self.weight.copy_(_fit(self.interpolation, dense))
+        """Fit a dense draw of this variance; see :func:`_fitted_draw`."""
+        self.weight.copy_(_fitted_draw(self, self.weight.shape[1], variance, generator))
         self.bias.zero_()
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -68,11 +65,9 @@ class SparseV(FactorV):
 
     @torch.no_grad()
     def draw(self, variance: float, generator: torch.Generator | None) -> None:
-        """Fit a dense draw of this variance; see :func:`_fit`."""
-        blocks, _, n_in = self.weight.shape
-        shape = (blocks, n_in, self.interpolation.matrix.shape[1])
-        dense = self.draw_like(self.weight.new_empty(shape), variance, generator)
-        self.weight.copy_(_fit(self.interpolation, dense).transpose(1, 2))
+        """Fit a dense draw of this variance; see :func:`_fitted_draw`."""
+        drawn = _fitted_draw(self, self.weight.shape[2], variance, generator)
+        self.weight.copy_(drawn.transpose(1, 2))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         n_anchors, n_pixels = self.interpolation.matrix.shape
@@ -187,12 +182,16 @@ class SparseConv(Conv):
         return (patches @ matrix.T).flatten(3)
 
 
-def _fit(interpolation: Interpolation, dense: torch.Tensor) -> torch.Tensor:
-    """Least-squares fit of white noise (..., X) at anchors (..., M), as large as the noise.
+def _fitted_draw(
+    layer: SparseU | SparseV, n_rows: int, variance: float, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Least-squares fit of white noise (B, n_rows, X) at anchors (B, n_rows, M), as large as it.
 
     M of the X directions of the noise can be interpolated. The fit alone would lose all but M/X
     of its mean square, a layer of two factors all but the square of that, and a stack of such
     layers its signal.
     """
-    n_anchors, n_pixels = interpolation.matrix.shape
-    return interpolation.fit(dense) * math.sqrt(n_pixels / n_anchors)
+    n_anchors, n_pixels = layer.interpolation.matrix.shape
+    shape = (len(layer.weight), n_rows, n_pixels)
+    dense = layer.draw_like(layer.weight.new_empty(shape), variance, generator)
+    return layer.interpolation.fit(dense) * math.sqrt(n_pixels / n_anchors)
