@@ -1,5 +1,6 @@
 """Several processes that train one model, under torchrun or in a group that the caller made."""
 
+import atexit
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -60,4 +61,5 @@ def joined(device: torch.device) -> Processes:
         if not dist.is_torchelastic_launched() or os.environ.get("WORLD_SIZE", "1") == "1":
             return ALONE
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     return Processes(dist.get_rank(), dist.get_world_size())

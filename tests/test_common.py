@@ -31,9 +31,9 @@ SUMS = [
     {"pathways": ("fc",)},
     {"pathways": ("factored_fc",)},
     {"pathways": ("sparse_fc",), "anchor_fraction": 1.0},
-    {"pathways": ("conv", "fc")},
-    {"pathways": ("fc", "factored_fc")},
-    {"pathways": ("conv", "fc", "factored_fc")},
+    {"pathways": ("conv", "fc"), "max_epochs": 80},
+    {"pathways": ("fc", "factored_fc"), "max_epochs": 80},
+    {"pathways": ("conv", "fc", "factored_fc"), "max_epochs": 80},
     {
         "pathways": ("conv", "sparse_conv", "fc", "factored_fc", "sparse_fc", "pm_conv"),
         "width": 2,
