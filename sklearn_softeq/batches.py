@@ -1,6 +1,7 @@
 """The training data on their device, their batches, and what augments them."""
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +16,8 @@ from .processes import ALONE, Processes
 __all__ = ["AUGMENTATIONS", "Batches", "TrainingData", "crop_flip"]
 
 Augmentation = Callable[[torch.Tensor], torch.Tensor]
+
+_LENT = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +51,10 @@ class TrainingData(torch.utils.data.Dataset):
         return bool((self.weights == 1).all())
 
     def subset(self, size: int, seed: int) -> "TrainingData":
-        """So many random rows, in order, that stand for the same N; itself if it has no more."""
+        """So many random rows, in order, that stand for the same N; itself if it has no more.
+
+        All rows alike, whatever their weights.
+        """
         if size >= len(self):
             return self
         rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
@@ -101,18 +107,22 @@ class Batches:
         self.processes = processes
 
     def __iter__(self):
+        own = slice(self.processes.rank, None, self.processes.size)
         for rows in self._rows():
-            inputs, (targets, weights) = self.dataset[rows]
-            if self.augment is not None:
-                inputs = self._augmented(self.augment, inputs)
-            own = slice(self.processes.rank, None, self.processes.size)
-            yield inputs[own], (targets[own], weights[own], len(targets))
+            if self.augment is None:
+                inputs, columns = self.dataset[rows[own]]
+            else:
+                # The whole batch in each process, so that it meets the same random numbers.
+                inputs, columns = self.dataset[rows]
+                inputs = self._augmented(self.augment, inputs)[own]
+                columns = tuple(column[own] for column in columns)
+            yield inputs, (*columns, len(rows))
 
     def _rows(self):
         n_rows = len(self.dataset)
         if n_rows <= self.batch_size:
             # The whole data in their own order: nothing here may depend on n or on a shuffle.
-            return [slice(None)]
+            return [torch.arange(n_rows, device=self.dataset.inputs.device)]
         order = torch.from_numpy(self.random_state.permutation(n_rows))
         order = order.to(self.dataset.inputs.device)  # one transfer for all batches
         return torch.tensor_split(order, math.ceil(n_rows / self.batch_size))
@@ -121,8 +131,11 @@ class Batches:
         """The images after augmentation, whose random numbers hang on our state alone."""
         seed = self.augment_state.randint(2**31 - 1)
         devices = [inputs.device] if inputs.is_cuda else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+        # The global generators are lent to it, to one thread at a time.
+        with _LENT, torch.random.fork_rng(devices), torch.no_grad():
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                torch.cuda.default_generators[device.index or 0].manual_seed(seed)
             found = augment(inputs.clone())
         if not isinstance(found, torch.Tensor) or found.shape != inputs.shape:
             shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__

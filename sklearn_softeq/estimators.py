@@ -1,6 +1,7 @@
 """The classifier: parameters, fit as a table of contents, and what a fit reveals."""
 
 import copy
+import hashlib
 import math
 import warnings
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from .likelihoods import Categorical
 from .marginal_likelihood import HYPER_SOLVERS, LengthscaleSolver
 from .networks import ARCHITECTURES, build_network
 from .predictive import log_odds, map_outputs
-from .processes import Processes, joined
+from .processes import alone, joined
 from .schedules import LR_SCHEDULES, STARTS, LearningRate, Plateau
 from .symmetry import (
     enabled_table,
@@ -133,8 +134,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         exact ones, it is exact.
     curvature_subset : int, default=None
         Rows that the curvature and the log likelihood of the evidences during training are
-        estimated from, drawn once for a fit and scaled up. None: all, or what
-        ``curvature="auto"`` chooses. The evidence at the end sees all rows.
+        estimated from, drawn once for a fit, all alike whatever their weights, and scaled up.
+        None: all, or what ``curvature="auto"`` chooses. The evidence at the end sees all rows.
     kfac : {"expand", "reduce"}, default="expand"
         What the Kronecker factors sum over the positions that share a weight: products of inputs
         and gradients, or inputs and gradients before their product. "reduce" has log determinants
@@ -167,7 +168,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         random numbers in it follow ``random_state``.
     amp : {"bf16"}, default=None
         Type of the activations in steps of the weights: half the memory, and faster on recent
-        GPUs. Weights, curvature, evidence and predictions stay as they are.
+        GPUs. Weights, curvature, evidence and predictions are float32.
     compile : bool, default=False
         Run the steps of the weights through ``torch.compile``: faster after minutes of
         compilation, which has to be repeated when pathways are released or removed. Curvature,
@@ -433,7 +434,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         previous = self.net_ if self.warm_start and self.__sklearn_is_fitted__() else None
         classes = self.classes_ if previous else None
         with self._unchanged_on_error():
-            data = self._prepare(X, y, sample_weight, classes)
+            data = self._shared(X, y, sample_weight, classes)
             net = self._build_net(data, previous)
         self._train(net, data)
         self._warn_if_not_converged()
@@ -473,7 +474,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         classes = check_classes(classes, self.classes_ if previous else None)
         check_incremental_class_weight(self.class_weight)
         with self._unchanged_on_error():
-            data = self._prepare(X, y, sample_weight, classes, first=previous is None)
+            data = self._shared(X, y, sample_weight, classes, first=previous is None)
             net = previous
             if net is None or not net.course.endless:
                 net = self._build_net(data, previous, endless=True)
@@ -501,9 +502,30 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
                 delattr(self, name)
             raise
 
+    def _shared(self, *data, **options) -> TrainingData:
+        """Checked data, which all processes have been given alike."""
+        if alone():
+            return self._prepare(*data, **options)
+        processes = joined(resolve_device(self.device))
+        return processes.alike(lambda: self._prepare(*data, **options), self._fingerprint)
+
+    def _fingerprint(self, data: TrainingData) -> str:
+        """Differs where the data, their order or a parameter that is a plain value do."""
+        found = hashlib.sha256()
+        for column in (data.inputs, data.targets, data.weights):
+            found.update(column.cpu().numpy().tobytes())
+        plain = (str, int, float, bool, tuple)
+        parameters = {k: v for k, v in self.get_params().items() if isinstance(v, plain)}
+        found.update(repr((self.classes_.tolist(), sorted(parameters.items()))).encode())
+        return found.hexdigest()
+
     def _prepare(self, X, y, sample_weight, classes, first=True) -> TrainingData:
         """Check everything that a user passes; the rows of positive weight on the device."""
         check_names(self.pathways, PATHWAYS, "pathways")
+        if self.amp is not None and self.dtype == "float64":
+            raise ValueError(
+                f"amp={self.amp!r} is for computation in float32; use dtype='auto' or 'float32'."
+            )
         device = resolve_device(self.device) if first else self.device_
         X, y, found = check_images(self, X, y, reset=first)
         if first:
@@ -547,7 +569,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     def _as_images(self, X: np.ndarray) -> torch.Tensor:
         """Standardised images (n, C, H, W) on the CPU, in the dtype of the computation."""
         dtype = {"float32": np.float32, "float64": np.float64}.get(self.dtype, X.dtype)
-        if self.dtype == "auto" and self.device_.type != "cpu":
+        if self.dtype == "auto" and (self.device_.type != "cpu" or self.amp is not None):
             dtype = np.float32
         images = X.reshape(len(X), *self.image_shape_)
         mean, scale = (
@@ -558,7 +580,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
     def _build_net(self, data, previous, endless=False) -> SoftEquivariantNet:
         """A net that is ready to train, from a random start or from a previous net."""
-        processes = _checked_processes(data)
+        processes = joined(self.device_)
         seeds = check_random_state(self.random_state).randint(2**31 - 1, size=4).tolist()
         seeds = processes.agreed(seeds)  # random_state=None is another one in each process
         optimizer, settings = OPTIMIZERS[self.optimizer]
@@ -572,7 +594,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             batch_size=self.batch_size,
             iterator_train=Batches,
             iterator_train__random_state=np.random.RandomState(seeds[1]),
-            iterator_train__augment=AUGMENTATIONS.get(self.augment, self.augment),
+            iterator_train__augment=_augmentation(self.augment),
             iterator_train__augment_state=np.random.RandomState(seeds[3]),
             train_split=None,
             callbacks=self._callbacks(data, previous, endless, seeds[0]),
@@ -788,22 +810,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         return Bunch(**equivariance_errors(self.module_, batches, GROUPS[group])._asdict())
 
 
-def _checked_processes(data: TrainingData) -> Processes:
-    """The processes that share a fit, if they can share it."""
-    processes = joined(data.inputs.device)
-    if processes.size == 1:
-        return processes
-    if len(data) < processes.size:
-        raise ValueError(
-            f"{len(data)} rows are too few for {processes.size} processes; each needs one."
-        )
-    sums = (len(data), data.inputs.double().sum().item(), data.targets.sum().item())
-    if processes.agreed(sums) != sums:
-        raise ValueError(
-            "Each process has to be given the same data, of which it takes its share: this one "
-            f"has (rows, sum of pixels, sum of codes) = {sums}, another one has others."
-        )
-    return processes
+def _augmentation(augment):
+    return AUGMENTATIONS[augment] if isinstance(augment, str) else augment
 
 
 def _evaluations(net: SoftEquivariantNet) -> dict[str, np.ndarray]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .devices import full_precision
+
 __all__ = ["Factor", "Kronecker", "Root", "Spectrum", "dense", "spectra"]
 
 
@@ -109,6 +111,7 @@ class Kronecker:
         return torch.block_diag(*(torch.kron(a, g) for a, g in sides))
 
 
+@full_precision()
 def spectra(
     factors: dict[str, Kronecker], known: dict[int, torch.Tensor] | None = None
 ) -> dict[str, Spectrum]:

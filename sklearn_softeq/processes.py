@@ -2,13 +2,16 @@
 
 import atexit
 import os
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["ALONE", "Processes", "joined"]
+__all__ = ["ALONE", "Processes", "alone", "joined"]
+
+Data = TypeVar("Data", bound=Sized)
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,53 @@ class Processes:
         dist.broadcast_object_list(box)
         return box[0]
 
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def alike(self, prepare: Callable[[], Data], fingerprint: Callable[[Data], str]) -> Data:
+        """What each process has prepared, if it is the same in all; none waits for another.
+
+        Raises
+        ------
+        ValueError
+            In every process, if one has failed, if they differ, or if there are more of them than
+            rows.
+        """
+        try:
+            prepared = prepare()
+            own = fingerprint(prepared), ""
+        except Exception as error:
+            self.gathered(("", f"{type(error).__name__}: {error}"))
+            raise
+        found = self.gathered(own)
+        if problems := [said for _, said in found if said]:
+            raise ValueError(f"Another process has refused its data: {problems[0]}")
+        if len(set(found)) > 1:
+            raise ValueError(
+                "Each process has to be given the same data, of which it takes its share, in the "
+                "same order, and the same parameters. Here they differ."
+            )
+        if len(prepared) < self.size:
+            raise ValueError(
+                f"{len(prepared)} rows are too few for {self.size} processes; each needs one."
+            )
+        return prepared
+
 
 ALONE = Processes()
+
+
+def alone() -> bool:
+    """Whether there is no group of processes, and none to be joined."""
+    if not dist.is_available():
+        return True
+    launched = dist.is_torchelastic_launched() and os.environ.get("WORLD_SIZE", "1") != "1"
+    return not (dist.is_initialized() or launched)
 
 
 def joined(device: torch.device) -> Processes:
@@ -55,11 +103,11 @@ def joined(device: torch.device) -> Processes:
     device : torch.device
         That this process computes on.
     """
-    if not dist.is_available():
+    if alone():
         return ALONE
     if not dist.is_initialized():
-        if not dist.is_torchelastic_launched() or os.environ.get("WORLD_SIZE", "1") == "1":
-            return ALONE
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where objects are sent from
     return Processes(dist.get_rank(), dist.get_world_size())

@@ -191,19 +191,21 @@ class SoftEquivariantNet(NeuralNet):
 
     def run_single_epoch(self, iterator, training, prefix, step_fn, **fit_params):
         """As skorch's, but losses are read back from the device once, at the end of the epoch."""
-        losses = []
-        for batch in iterator:
-            self.notify("on_batch_begin", batch=batch, training=training)
-            step = step_fn(batch, **fit_params)
-            losses.append(step["loss"].detach())
-            self.history.record_batch(f"{prefix}_loss", losses[-1])
-            self.history.record_batch(f"{prefix}_batch_size", batch[1][2])
-            self.notify("on_batch_end", batch=batch, training=training, **step)
-        self.history.record(f"{prefix}_batch_count", len(losses))
-        found = torch.stack(losses)
-        self.processes_.add(found)
-        for row, loss in zip(self.history[-1]["batches"], found.tolist(), strict=True):
-            row[f"{prefix}_loss"] = loss
+        losses: list[torch.Tensor] = []
+        try:
+            for batch in iterator:
+                self.notify("on_batch_begin", batch=batch, training=training)
+                step = step_fn(batch, **fit_params)
+                losses.append(step["loss"].detach())
+                self.history.record_batch(f"{prefix}_loss", losses[-1])
+                self.history.record_batch(f"{prefix}_batch_size", batch[1][2])
+                self.notify("on_batch_end", batch=batch, training=training, **step)
+            self.history.record(f"{prefix}_batch_count", len(losses))
+            self.processes_.add(found := torch.stack(losses))
+            losses = list(found.cpu())
+        finally:  # in an epoch that was broken off, too
+            for row, loss in zip(self.history[-1]["batches"], losses, strict=False):
+                row[f"{prefix}_loss"] = loss.item()
 
     def infer(self, x, **fit_params):
         """Outputs of a MAP step."""
@@ -339,7 +341,8 @@ class EvidenceStep(Callback):
     plan : callable
         From a network and a number of rows to a CurvaturePlan: how the curvature is estimated
         during training. The rows of a subset stay the same for all of it, so that evidences
-        differ by the weights alone; the last evidence sees all rows.
+        compare; random columns are drawn anew, so that their errors average out over the hyper
+        steps. The last evidence sees all rows.
     seed : int
         Of rows and random columns: a generator of its own, so that learning the prior does not
         change the order of the batches.
@@ -472,7 +475,9 @@ class EvidenceStep(Callback):
             objective.effective_dimensions(net.prior_.log_precision.cpu())
         )
         if not net.course.rate.cooling:  # weights that are averaged share one gauge and one Ψ
-            self._slopes = objective.lengthscale_gradient(net.prior_.log_precision.cpu())
+            self._slopes = net.processes_.agreed(
+                objective.lengthscale_gradient(net.prior_.log_precision.cpu())
+            )
             fix_gauge(net.module_, net.prior_)
         net.update_decay()
 
@@ -604,8 +609,11 @@ class Course(Callback):
         """Take the mean weights of the cool-down, or the best state seen, and evaluate it."""
         self.mean.load(net.enabled_tensors())
         last = self.evidence.evaluate(net)
+        if self.endless:  # the precisions wait for the next one
+            net.laplace_ = last
+            return
         restored = False
-        if not self.endless and not self.holding:  # else the precisions wait for the next one
+        if not self.holding:
             final = self.evidence.ascend(net, last)
             joint = final.log_likelihood - 0.5 * final.scatter
             figure = (final.value if self.evidence.steps else joint) / net.data_.n_observations

@@ -924,7 +924,8 @@ class Looking(Categorical):
         return super().hessian_root(outputs)
 
 
-def test_a_pass_is_in_full_precision():
+def test_a_pass_is_in_full_precision(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     case = BY_NAME["fc"]
     network, batch = setting(case)
     before = torch.backends.cudnn.conv.fp32_precision

@@ -7,10 +7,13 @@ from sklearn_softeq.devices import full_precision, own_device
 
 
 def test_each_process_has_a_cuda_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert own_device(torch.device("cuda")) == torch.device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert own_device(torch.device("cuda")) == torch.device("cuda:3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # a launcher shows each its own
+    assert own_device(torch.device("cuda")) == torch.device("cuda:0")
     for named in ("cuda:1", "cpu"):
         assert own_device(torch.device(named)) == torch.device(named)
 
@@ -46,7 +49,8 @@ def allowing(request):
 
 
 @pytest.mark.parametrize("error", [None, ValueError])
-def test_full_precision_forbids_tf32_and_nothing_else(allowing, error):
+def test_full_precision_forbids_tf32_and_nothing_else(allowing, error, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = settings()
     assert before[0] == ("tf32", "tf32")
     try:
@@ -57,3 +61,10 @@ def test_full_precision_forbids_tf32_and_nothing_else(allowing, error):
     except ValueError:
         pass
     assert settings() == before
+
+
+def test_without_a_cuda_device_nothing_is_touched(allowing, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = settings()
+    with full_precision():
+        assert settings() == before

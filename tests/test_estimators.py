@@ -3,6 +3,7 @@
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 
 import joblib
@@ -186,6 +187,15 @@ def test_half_precision_is_for_steps_of_the_weights_alone(digits):
     assert clf.score(*digits) > 0.9
 
 
+def test_half_precision_takes_double_input_as_single(digits):
+    X, y = digits
+    settings = {**FAST, "max_epochs": 3, "amp": "bf16"}
+    clf = SoftEquivariantClassifier(**settings).fit(X.astype(np.float64), y)
+    assert {p.dtype for p in clf.module_.parameters()} == {torch.float32}
+    with pytest.raises(ValueError, match="amp='bf16' is for computation in float32"):
+        SoftEquivariantClassifier(**settings, dtype="float64").fit(X, y)
+
+
 def test_compiled_steps_are_the_same_steps(digits, monkeypatch):
     compiled = []
 
@@ -232,6 +242,35 @@ def test_augmentation_is_not_for_the_evidence(digits):
 def test_unknown_augmentation(digits, augment):
     with pytest.raises(ValueError, match="'augment' parameter"):
         SoftEquivariantClassifier(augment=augment).fit(*digits)
+
+
+def test_an_augmentation_may_be_any_callable(digits):
+    @dataclass
+    class Scale:  # not hashable
+        factor: float
+
+        def __call__(self, batch):
+            return batch * self.factor
+
+    fits = [
+        SoftEquivariantClassifier(**FAST | {"max_epochs": 3}, augment=augment).fit(*digits)
+        for augment in (None, Scale(1.0), Scale(2.0))
+    ]
+    np.testing.assert_array_equal(fits[0].loss_curve_, fits[1].loss_curve_)
+    assert not np.allclose(fits[0].loss_curve_, fits[2].loss_curve_)
+
+
+def test_augmentation_in_threads(digits):
+    settings = {**FAST, "max_epochs": 6, "batch_size": 20, "augment": "crop_flip"}
+    alone = SoftEquivariantClassifier(**settings).fit(*digits)
+    state = torch.get_rng_state()
+    with ThreadPoolExecutor(4) as pool:
+        fits = list(
+            pool.map(lambda _: SoftEquivariantClassifier(**settings).fit(*digits), range(4))
+        )
+    assert torch.equal(torch.get_rng_state(), state)
+    for clf in fits:
+        np.testing.assert_array_equal(clf.loss_curve_, alone.loss_curve_)
 
 
 def test_named_augmentation(digits):

@@ -46,8 +46,13 @@ FIT = """
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(n_rows, 1, 4, 4)), np.arange(n_rows) % 3
     weights = rng.integers(1, 4, n_rows)
-    if settings.pop("other_data", False):
-        X = X + rank
+    change = settings.pop("change", "")
+    if change == "order" and rank:
+        X, y, weights = X[::-1], y[::-1], weights[::-1]
+    if change == "nan" and rank:
+        X[0] = np.nan
+    if change == "lr":
+        settings["lr"] = 0.01 * (1 + rank)
     clf = SoftEquivariantClassifier(
         width=2, max_epochs=12, burn_in=3, evidence_every=3, batch_size=16, **settings
     )
@@ -145,7 +150,12 @@ def test_processes_agree_where_nothing_is_said_of_chance(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"other_data": True}, "Each process has to be given the same data"),
+        ({"change": "order"}, "Each process has to be given the same data"),
+        ({"change": "lr"}, "Each process has to be given the same data"),
+        (
+            {"change": "nan"},
+            "Another process has refused its data: ValueError: Input X",
+        ),
         ({"n_rows": 2}, "2 rows are too few for 3 processes"),
     ],
 )
