@@ -80,7 +80,7 @@ def test_check_estimator_options(options):
         {"pathways": "pm_conv", "width": 2},
         {"pathways": "p4_conv", "width": 2},
         {"pathways": "p4m_conv", "width": 2, **SHORT},
-        {"pathways": "sparse_fc"},  # one anchor for two pixels
+        {"pathways": "sparse_fc", "max_epochs": 80},  # one anchor for two pixels
     ],
     ids=str,
 )
