@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip
 INSTALL := $(PIP) install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all coverage lint format docs clean
+.PHONY: help env demo test test-all coverage lint format docs bench rivals clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,15 @@ docs: $(VENV)/.docs ## build the pages into docs/_build/html; warnings are error
 $(VENV)/.docs: $(VENV)/.installed
 	$(INSTALL) -e '.[docs]'
 	@touch $@
+
+bench: env ## a short version of every benchmark, ten minutes; rewrites its tables in docs/benchmarks.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/report.py
+
+# torchvision comes along with laplace-torch, which needs nothing of it. The one that the index has
+# does not load beside a torch for the CPU, and laplace-torch does not load beside that.
+rivals: env ## add laplace-torch and its backends, which benchmarks/factors.py compares with
+	$(INSTALL) -e '.[benchmark]'
+	$(PIP) uninstall --yes torchvision
 
 clean: ## remove what was built or cached; the environment stays
 	rm -rf build dist *.egg-info docs/_build docs/generated .coverage

@@ -1,9 +1,12 @@
-"""What the benchmarks share: results that are kept, the environment, a table."""
+"""What the benchmarks share: results that are kept, times in turns, images, tables."""
 
 import json
+import operator
 import os
 import platform
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,27 @@ from sklearn.exceptions import ConvergenceWarning
 
 import sklearn_softeq
 
-__all__ = ["Results", "environment", "print_table"]
+__all__ = [
+    "N_WARM_UP",
+    "Results",
+    "Step",
+    "environment",
+    "mark_row",
+    "print_marks",
+    "print_table",
+    "ratio_cells",
+    "smooth_images",
+    "summary",
+    "timed_rounds",
+]
+
+N_WARM_UP = 3
+#: Size of a class's pattern in ``smooth_images``: below, hardly anything can be learned from 5000
+#: of them; far above, all is learned in an epoch.
+SIGNAL = 0.3
+COMPARE = {"≤": operator.le, "≥": operator.ge}
+
+Step = Callable[[], object]
 
 
 class Results:
@@ -49,6 +72,62 @@ def environment():
         "torch": torch.__version__,
         "sklearn_softeq": sklearn_softeq.__version__,
     }
+
+
+def timed_rounds(
+    steps: dict[str, Step], rounds: int, warm_up: int = N_WARM_UP
+) -> dict[str, np.ndarray]:
+    """Processor seconds of each step in each round, in an order drawn anew for each round."""
+    # What a step finds in the cache and the allocator depends on the one before it.
+    rng = np.random.default_rng(0)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(warm_up + rounds):
+        for name in rng.permutation(list(steps)):
+            start = time.process_time()
+            steps[name]()
+            if i >= warm_up:
+                seconds[name].append(time.process_time() - start)
+    return {name: np.array(found) for name, found in seconds.items()}
+
+
+def summary(values: np.ndarray) -> dict[str, float]:
+    """Median and quartiles."""
+    lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75]).round(3).tolist()
+    return {"lower": lower, "median": median, "upper": upper}
+
+
+def ratio_cells(ratio: dict[str, float]) -> tuple[str, str]:
+    """Median and quartiles in words."""
+    return f"{ratio['median']:.2f}", f"{ratio['lower']:.2f} to {ratio['upper']:.2f}"
+
+
+def smooth_images(
+    n: int, shape: tuple[int, int, int], n_classes: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random images that are smooth as photographs are, with a faint pattern for each class."""
+    rng = np.random.default_rng(seed)
+    channels, *sides = shape
+    waves = [np.fft.fftfreq(side, 1 / side) for side in sides]
+    decay = 1.0 / (1.0 + np.hypot(waves[0][:, None], waves[1][None]))  # Fourier amplitudes ~ 1/f
+
+    def draw(count):
+        noise = np.fft.fft2(rng.standard_normal((count, channels, *sides)))
+        images = np.fft.ifft2(noise * decay).real
+        return images / images.std()
+
+    y = np.arange(n) % n_classes
+    return (SIGNAL * draw(n_classes)[y] + draw(n)).astype(np.float32), y
+
+
+def mark_row(part: str, what: str, figure: float, sign: str, bound: float) -> tuple[str, ...]:
+    """A row of the table of marks."""
+    met = "yes" if COMPARE[sign](figure, bound) else "no"
+    return part, what, f"{sign} {bound:g}", f"{figure:.2f}", met
+
+
+def print_marks(rows: list[tuple[str, ...]]) -> None:
+    """The table of marks; where a benchmark has one it is the last that it prints."""
+    print_table(("part", "what", "mark", "found", "met"), rows)
 
 
 def print_table(head, rows):

@@ -11,15 +11,22 @@ pass instead. A part that is there is left out of a further run.
 """
 
 import argparse
-import operator
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from harness import Results, print_table
+from harness import (
+    N_WARM_UP,
+    Results,
+    Step,
+    mark_row,
+    print_marks,
+    print_table,
+    ratio_cells,
+    summary,
+    timed_rounds,
+)
 from torch import nn
 
 from sklearn_softeq.curvature import kronecker_factors
@@ -29,11 +36,7 @@ from sklearn_softeq.likelihoods import Categorical
 
 OUTPUT = Path(__file__).with_suffix(".json")
 BATCH = 128
-N_WARM_UP = 3
 SPEC = LayerSpec(in_channels=10, out_channels=20, grid=(32, 32), stride=(2, 2))
-COMPARE = {"≤": operator.le, "≥": operator.ge}
-
-Step = Callable[[], object]
 
 
 class BlockDiagonal(nn.Module):
@@ -128,26 +131,6 @@ class Part:
                 for r in self.ratios
             },
         }
-
-
-def timed_rounds(steps: dict[str, Step], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each step in each round, in an order drawn anew for each round."""
-    # What a step finds in the cache and the allocator depends on the one before it.
-    rng = np.random.default_rng(0)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(N_WARM_UP + rounds):
-        for name in rng.permutation(list(steps)):
-            start = time.process_time()
-            steps[name]()
-            if i >= N_WARM_UP:
-                seconds[name].append(time.process_time() - start)
-    return {name: np.array(found) for name, found in seconds.items()}
-
-
-def summary(values: np.ndarray) -> dict[str, float]:
-    """Median and quartiles."""
-    lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75]).round(3).tolist()
-    return {"lower": lower, "median": median, "upper": upper}
 
 
 def pathway(name: str, **changes) -> Pathway:
@@ -307,7 +290,7 @@ def time_rows(part: str, result: dict) -> list[tuple[str, ...]]:
         milliseconds = f"{time_['median']:.2f}"
         weights = str(result["weights"][name])
         rival, ratio = to.get(name, ("", None))
-        figures = ("", "") if ratio is None else _ratio_cells(ratio["time"])
+        figures = ("", "") if ratio is None else ratio_cells(ratio["time"])
         rows.append((part, name, weights, milliseconds, rival, *figures))
     return rows
 
@@ -317,20 +300,13 @@ def mark_rows(part: str, result: dict) -> list[tuple[str, ...]]:
     rows = []
     for r in PARTS[part].ratios:
         found = result["ratios"][f"{r.of} / {r.to}"]
-        figures = []
         if r.mark is not None:
-            figures.append((f"time of {r.of} / {r.to}", found["time"]["median"], *r.mark))
+            time = found["time"]["median"]
+            rows.append(mark_row(part, f"time of {r.of} / {r.to}", time, *r.mark))
         if r.fewer_weights is not None:
             what = f"weights of {r.to} / {r.of}"
-            figures.append((what, found["fewer weights"], "≥", r.fewer_weights))
-        for what, figure, sign, bound in figures:
-            met = "yes" if COMPARE[sign](figure, bound) else "no"
-            rows.append((part, what, f"{sign} {bound:g}", f"{figure:.2f}", met))
+            rows.append(mark_row(part, what, found["fewer weights"], "≥", r.fewer_weights))
     return rows
-
-
-def _ratio_cells(ratio: dict) -> tuple[str, str]:
-    return f"{ratio['median']:.2f}", f"{ratio['lower']:.2f} to {ratio['upper']:.2f}"
 
 
 if __name__ == "__main__":
@@ -358,4 +334,4 @@ if __name__ == "__main__":
         ("part", "layer", "weights", "ms", "against", "ratio of times", "quartiles"),
         times,
     )
-    print_table(("part", "ratio", "mark", "found", "met"), marks)
+    print_marks(marks)

@@ -6,7 +6,7 @@ seeds, each with its own split, turns and start; both figures of a pathway's sha
 the effective dimensions γ, and of γ divided by the number of weights (the paper's). Shares are
 averaged over the layers of a fit; intervals are over seeds (Student's t, 95 %).
 
-    python benchmarks/orientation.py [--seeds 0 1 2 3 4] [--output PATH]
+    python benchmarks/orientation.py [--seeds 0 1 2 3 4] [--max-epochs N] [--output PATH]
 
 Several processes with different seeds may write to one file.
 """
@@ -29,10 +29,11 @@ TASKS = {"plain": "upright", "rotated": "quarter-turned", "rotation": "orientati
 N_TRAIN = 1200
 
 
-def fit(task, seed):
+def fit(task, seed, max_epochs):
     """Scores and shares of one fit."""
     data = load_digit_tasks(task=task, n_train=N_TRAIN, random_state=seed)
-    clf = SoftEquivariantClassifier(pathways=PATHWAYS, width=4, random_state=seed)
+    cap = {} if max_epochs is None else {"max_epochs": max_epochs}
+    clf = SoftEquivariantClassifier(pathways=PATHWAYS, width=4, random_state=seed, **cap)
     start = time.perf_counter()
     clf.fit(data.X_train, data.y_train)
     seconds = time.perf_counter() - start
@@ -98,15 +99,19 @@ def _n_blocks(result):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--max-epochs", type=int, help="cap of the epochs")
     parser.add_argument("--output", default=OUTPUT, help="where results go (beside this file)")
     options = parser.parse_args()
     kept = Results(options.output)
     found = {task: [] for task in TASKS}
+    cap = "" if options.max_epochs is None else f", max_epochs={options.max_epochs}"
     for seed in options.seeds:
         for task, fits in found.items():
-            fits.append(
-                kept.get(f"{task}, seed {seed}", lambda task=task, seed=seed: fit(task, seed))
-            )
+
+            def compute(task=task, seed=seed):
+                return fit(task, seed, options.max_epochs)
+
+            fits.append(kept.get(f"{task}, seed {seed}{cap}", compute))
             print(f"  {task}, seed {seed}: done", flush=True)
     print_table(
         ("task", "share of", *(f"{name}, % (layers: min–max)" for name in PATHWAYS)),

@@ -1,0 +1,255 @@
+"""How do time and memory of a training step and of an evidence grow?
+
+A step of training (128 rows: forward, cross entropy, backward, fused Adam) and a pass of the
+evidence (Kronecker factors of all rows, their eigenvalues, the evidence and five hyper steps),
+by one sketch and with exact columns, against one quantity at a time. Each is measured in a process
+of its own: the median processor time of a few runs, and by how much the first one raised the
+resident memory over that of the process with its network and data (Linux only). A result that is
+there is left out of a further run.
+
+Part a: rows; b: classes; c: width of the network; d: side of the images; e: the paper's network of
+sparse pathways for 3×32×32 images (width 10), whose evidence should need at most one and a half
+times the memory of a training step.
+
+    python benchmarks/scaling.py [--part a|b|c|d|e] [--short] [--threads N] [--output PATH]
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import Results, mark_row, print_marks, print_table
+from torch import nn
+
+from sklearn_softeq.curvature import Estimator, kronecker_factors
+from sklearn_softeq.hyperparameters import squared_norms
+from sklearn_softeq.kronecker import spectra
+from sklearn_softeq.likelihoods import Categorical
+from sklearn_softeq.marginal_likelihood import FixedPointSolver, LaplaceEvidence
+from sklearn_softeq.networks import SoftEquivariantNetwork, build_network
+from sklearn_softeq.training import CURVATURE_BATCH
+
+OUTPUT = Path(__file__).with_suffix(".json")
+BATCH = 128
+HYPER_STEPS = 5
+N_RUNS = 3
+WORK = ("training step", "evidence, one sketch", "evidence, exact")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Parameters
+    ----------
+    shape : tuple (C, H, W)
+    n_classes : int
+    width : int
+    n_rows : int
+        Of an evidence.
+    batch : int
+        Rows of one pass of an evidence; that of training by default.
+    pathways : tuple of str
+    """
+
+    shape: tuple[int, int, int] = (1, 16, 16)
+    n_classes: int = 10
+    width: int = 8
+    n_rows: int = 1024
+    batch: int = CURVATURE_BATCH
+    pathways: tuple[str, ...] = ("conv", "factored_fc")
+
+    def network(self) -> SoftEquivariantNetwork:
+        """At a random start."""
+        return build_network(
+            tuple(self.shape),
+            self.n_classes,
+            pathways=tuple(self.pathways),
+            width=self.width,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def data(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images of noise; times do not hang on what is in them."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(self.n_rows, *self.shape, generator=generator)
+        return images, torch.arange(self.n_rows) % self.n_classes
+
+
+DEFAULT = Setting()
+PAPER = Setting((3, 32, 32), width=10, n_rows=512, pathways=("sparse_conv", "sparse_fc"))
+#: A quantity, and a setting for each of its values. The number of processes belongs here, too.
+PARTS: dict[str, tuple[str, dict[str, Setting]]] = {
+    "a": ("rows", {str(n): replace(DEFAULT, n_rows=n) for n in (512, 1024, 2048, 4096)}),
+    "b": ("classes", {str(k): replace(DEFAULT, n_classes=k) for k in (2, 10, 30, 100)}),
+    "c": ("width", {str(w): replace(DEFAULT, width=w) for w in (2, 4, 8, 16)}),
+    "d": ("image side", {str(s): replace(DEFAULT, shape=(1, s, s)) for s in (8, 16, 32, 64)}),
+    "e": (
+        "rows of a pass",
+        {str(b): replace(PAPER, batch=b) for b in sorted({BATCH, CURVATURE_BATCH})},
+    ),
+}
+SHORT = {"a": ("1024", "4096"), "b": ("10", "30"), "c": ("4", "8"), "d": ("8", "16")}
+
+
+def training_step(setting: Setting) -> Callable[[], None]:
+    """A step on the first rows."""
+    network, (inputs, targets) = setting.network(), setting.data()
+    inputs, targets = inputs[:BATCH], targets[:BATCH]
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(inputs), targets).backward()
+        optimizer.step()
+
+    return step
+
+
+def evidence(setting: Setting, columns: str) -> Callable[[], None]:
+    """A pass over all rows, and what follows."""
+    network, data = setting.network(), setting.data()
+    prior = {name: i for i, (name, _) in enumerate(network.named_parameters())}
+
+    def run():
+        batches = zip(*(t.split(setting.batch) for t in data), strict=True)
+        curvature = kronecker_factors(
+            network,
+            Categorical(),
+            ((x, y, torch.ones(len(x))) for x, y in batches),
+            estimator=Estimator(columns),
+            unit_weights=True,
+            generator=torch.Generator().manual_seed(0),
+        )
+        norms = squared_norms(dict(network.named_parameters()))
+        found = spectra(curvature.factors)
+        objective = LaplaceEvidence(curvature.log_likelihood, found, norms, prior)
+        log_precision = torch.zeros(len(prior), dtype=torch.float64)
+        for _ in range(HYPER_STEPS):
+            log_precision = FixedPointSolver().step(objective, log_precision)
+        objective.evidence(log_precision)
+
+    return run
+
+
+MAKE: dict[str, Callable[[Setting], Callable[[], None]]] = {
+    "training step": training_step,
+    "evidence, one sketch": lambda setting: evidence(setting, "rademacher"),
+    "evidence, exact": lambda setting: evidence(setting, "exact"),
+}
+
+
+def measure_here(work: str, setting: Setting) -> dict:
+    """Time and memory of one kind of work, in this process."""
+    # What libraries keep for themselves from their first use on is no part of it.
+    MAKE[work](replace(setting, width=1, n_rows=2))()
+    action = MAKE[work](setting)
+    memory = memory_of(action)
+    seconds = []
+    for _ in range(N_RUNS):
+        start = time.process_time()
+        action()
+        seconds.append(time.process_time() - start)
+    weights = sum(p.numel() for p in setting.network().parameters())
+    return {"seconds": float(np.median(seconds)), "megabytes": memory, "weights": weights}
+
+
+def memory_of(action: Callable[[], None]) -> float:
+    """By how many MB (10⁶ bytes) the resident memory rises at most; NaN where it is not known."""
+    gc.collect()
+    _own_pages_above(2**16)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    except OSError:
+        action()
+        return math.nan
+    before = _status("VmRSS")
+    action()
+    peak = _status("VmHWM")
+    _own_pages_above(2**25)
+    return (peak - before) / 1e6
+
+
+def _own_pages_above(size: int) -> None:
+    """Let blocks of so many bytes come from the system and go back to it when they are freed."""
+    # Else the C library keeps what is freed, as it happens, and the peak says little.
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(-3, size)  # M_MMAP_THRESHOLD
+
+
+def _status(name: str) -> int:
+    """A figure of the process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def measure(setting: Setting, threads: int) -> dict:
+    """All kinds of work, each in a fresh process."""
+    found = {}
+    for work in WORK:
+        order = json.dumps({"work": work, "setting": asdict(setting), "threads": threads})
+        child = subprocess.run(
+            [sys.executable, __file__, "--child", order], check=True, capture_output=True, text=True
+        )
+        found[work] = json.loads(child.stdout)
+    return found
+
+
+def row_of(part: str, quantity: str, value: str, result: dict) -> tuple[str, ...]:
+    """A row of the table."""
+    step, *others = (result[work] for work in WORK)
+    cells = [f"{1e3 * step['seconds']:.1f}", f"{step['megabytes']:.0f}"]
+    for other in others:
+        cells += [f"{other['seconds']:.2f}", f"{other['megabytes']:.0f}"]
+    return part, f"{quantity} {value}", str(step["weights"]), *cells
+
+
+def mark_rows(part: str, quantity: str, value: str, result: dict) -> list[tuple[str, ...]]:
+    """Rows for the mark of the paper's network."""
+    if part != "e":
+        return []
+    step, *others = (result[work]["megabytes"] for work in WORK)
+    return [
+        mark_row(part, f"memory of {work} / {WORK[0]}, {quantity} {value}", other / step, "≤", 1.5)
+        for work, other in zip(WORK[1:], others, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--part", choices=PARTS, help="one part only (all)")
+    parser.add_argument("--short", action="store_true", help="fewer values of each quantity")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
+    parser.add_argument("--output", default=OUTPUT, help="where results go (beside this file)")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        order = json.loads(options.child)
+        torch.set_num_threads(order["threads"])
+        print(json.dumps(measure_here(order["work"], Setting(**order["setting"]))))
+        sys.exit()
+    kept = Results(options.output)
+    rows, marks = [], []
+    for part in [options.part] if options.part else PARTS:
+        quantity, settings = PARTS[part]
+        for value in SHORT.get(part, settings) if options.short else settings:
+            key = f"{part}, {quantity}={value}, threads={options.threads}"
+            setting = settings[value]
+            result = kept.get(key, lambda setting=setting: measure(setting, options.threads))
+            rows.append(row_of(part, quantity, value, result))
+            marks += mark_rows(part, quantity, value, result)
+            print(f"  {quantity} {value}: done", flush=True)
+    head = ("part", "setting", "weights", "step, ms", "MB")
+    print_table((*head, "one sketch, s", "MB", "exact, s", "MB"), rows)
+    print_marks(marks)
