@@ -122,7 +122,7 @@ def smooth_images(
 def mark_row(part: str, what: str, figure: float, sign: str, bound: float) -> tuple[str, ...]:
     """A row of the table of marks."""
     met = "yes" if COMPARE[sign](figure, bound) else "no"
-    return part, what, f"{sign} {bound:g}", f"{figure:.2f}", met
+    return part, what, f"{sign} {bound:g}", f"{figure:.3g}", met
 
 
 def print_marks(rows: list[tuple[str, ...]]) -> None:

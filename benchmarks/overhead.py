@@ -302,14 +302,8 @@ if __name__ == "__main__":
             marks += mark_rows(part, name, case, result)
             print(f"  {name}: done", flush=True)
     print(f"\n{options.epochs} epochs, {options.rounds} rounds")
-    head = (
-        "part",
-        "images",
-        "width",
-        "weights",
-        "curvature",
-        *(f"{n}, s/epoch" for n in TRAININGS),
-    )
+    head = ("part", "images", "width", "weights", "curvature")
+    seconds = tuple(f"{name}, s/epoch" for name in TRAININGS)
     ratios = ("learned / fixed", "quartiles", "fixed / bare", "quartiles")
-    print_table((*head, *ratios, "log det error, %: median (worst)"), rows)
+    print_table((*head, *seconds, *ratios, "log det error, %: median (worst)"), rows)
     print_marks(marks)
