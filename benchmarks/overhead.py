@@ -141,14 +141,15 @@ def digits(n: int | None, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
 def bare_loop(case: Case, X: np.ndarray, y: np.ndarray) -> list[float]:
     """Times at the begin and after each epoch of a plain loop."""
     inputs, targets = torch.from_numpy(X), torch.from_numpy(y)
-    network = build_network(case.shape, int(y.max()) + 1, width=case.width)
+    generator = torch.Generator().manual_seed(0)
+    network = build_network(case.shape, int(y.max()) + 1, width=case.width, generator=generator)
     optimizer = torch.optim.Adam(
         network.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=1.0 / len(X), fused=True
     )
     n_batches = math.ceil(len(X) / BATCH)
     times = [time.process_time()]
     for _ in range(case.epochs):
-        for rows in torch.randperm(len(X)).tensor_split(n_batches):
+        for rows in torch.randperm(len(X), generator=generator).tensor_split(n_batches):
             optimizer.zero_grad()
             nn.functional.cross_entropy(network(inputs[rows]), targets[rows]).backward()
             optimizer.step()
