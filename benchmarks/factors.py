@@ -29,23 +29,26 @@ import torch
 from harness import (
     Results,
     Step,
+    curvature_of,
     mark_row,
     print_marks,
     print_table,
     ratio_cells,
     summary,
     timed_rounds,
+    traces_of,
+    training_data,
 )
 from sklearn.datasets import load_digits
 from torch import nn
 
-from sklearn_softeq.curvature import Estimator, kronecker_factors
+from sklearn_softeq.batches import TrainingData
+from sklearn_softeq.budget import CurvaturePlan, rows_of_a_pass
+from sklearn_softeq.curvature import Estimator, input_factors
 from sklearn_softeq.hyperparameters import squared_norms
 from sklearn_softeq.kronecker import Factor, Spectrum, spectra
-from sklearn_softeq.likelihoods import Categorical
 from sklearn_softeq.marginal_likelihood import AdamSolver, LaplaceEvidence
 from sklearn_softeq.networks import SoftEquivariantNetwork, build_network
-from sklearn_softeq.training import CURVATURE_BATCH
 
 OUTPUT = Path(__file__).with_suffix(".json")
 N, K, SIDE, BATCH = 2000, 10, 28, 128
@@ -72,7 +75,7 @@ class Estimate:
     ----------
     estimator : Estimator
     n_rows : int
-        The first of them, whose order is random; they stand for all.
+        So many, drawn as in a fit, stand for all.
     warm : bool
         With the input factor of the first layer known, as at every evidence of a fit but one.
     mark : float, optional
@@ -105,28 +108,30 @@ class Pass:
     """An evidence of a network and the hyper steps that follow, as in training."""
 
     network: nn.Module
-    data: Data
+    data: TrainingData
     estimate: Estimate
 
     @cached_property
+    def traces(self) -> torch.Tensor:
+        """What training has found about the rows on its way."""
+        return traces_of(self.network, self.data)
+
+    def constants(self) -> dict[str, Factor]:
+        """Factors that hang on no weight."""
+        rows = rows_of_a_pass(self.network)
+        form = self.estimate.estimator.kfac
+        return input_factors(self.network, self.data.in_order(rows), kfac=form, unit_weights=True)
+
+    @cached_property
     def known(self) -> tuple[dict[str, Factor], dict[int, torch.Tensor]]:
-        """Factors that hang on no weight, and their eigenvalues."""
-        return {}, {}
+        """These factors from an earlier evidence, and their eigenvalues."""
+        return self.constants(), {}
 
     def spectra(self, seed: int = 0) -> tuple[float, dict[str, Spectrum]]:
         """Log likelihood, and eigenvalues of every tensor."""
-        batches = (t[: self.estimate.n_rows].split(CURVATURE_BATCH) for t in self.data)
-        constants, eigenvalues = self.known if self.estimate.warm else ({}, {})
-        curvature = kronecker_factors(
-            self.network,
-            Categorical(),
-            ((x, y, torch.ones(len(x))) for x, y in zip(*batches, strict=True)),
-            estimator=self.estimate.estimator,
-            total_weight=float(N),
-            unit_weights=True,
-            generator=torch.Generator().manual_seed(seed),
-            constants=constants,
-        )
+        constants, eigenvalues = self.known if self.estimate.warm else (self.constants(), {})
+        plan = CurvaturePlan(self.estimate.estimator, self.estimate.n_rows)
+        curvature = curvature_of(self.network, self.data, plan, self.traces, seed, constants)
         found = spectra(curvature.factors, eigenvalues)
         kept = {id(factor) for factor in constants.values()}
         for key in set(eigenvalues) - kept:  # an identity means nothing once its factor is gone
@@ -334,7 +339,7 @@ def measure(
     rounds: int,
 ) -> dict:
     """Times in epochs of the network, and errors of our passes."""
-    exact = Pass(network, data, ESTIMATES["exact"]).spectra()[1]
+    exact = Pass(network, training_data(*data), ESTIMATES["exact"]).spectra()[1]
     quality = {name: errors(each, exact) for name, each in passes.items()}
     steps = {EPOCH: epoch_of(copy.deepcopy(network), data), **passes, **others}
     seconds = timed_rounds(steps, rounds, N_WARM_UP)
@@ -353,7 +358,8 @@ def part_a(rounds: int) -> dict:
     data = enlarged_digits()
     network = new_network()
     train(network, data)
-    passes = {name: Pass(network, data, estimate) for name, estimate in ESTIMATES.items()}
+    rows = training_data(*data)
+    passes = {name: Pass(network, rows, estimate) for name, estimate in ESTIMATES.items()}
     return measure(network, data, passes, {}, rounds)
 
 
@@ -367,7 +373,8 @@ def part_b(rounds: int) -> dict:
     plain = in_torch_modules(network)
     difference = (network(data[0]) - plain(data[0])).abs().max().item()
     assert difference <= 1e-4, f"the rivals' network is another function: {difference:.1e}"
-    passes = {name: Pass(network, data, ours) for name, (ours, _) in AT_FIXED_PHASE.items()}
+    rows = training_data(*data)
+    passes = {name: Pass(network, rows, ours) for name, (ours, _) in AT_FIXED_PHASE.items()}
     others, missing = rivals(network, data)
     steps = {name: rival for name, (_, rival) in others.items()}
     steps[f"{EPOCH}, torch's modules"] = epoch_of(plain, data)

@@ -6,20 +6,27 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import sklearn
 import torch
 from sklearn.exceptions import ConvergenceWarning
+from torch import nn
 
 import sklearn_softeq
+from sklearn_softeq.batches import TrainingData
+from sklearn_softeq.budget import CurvaturePlan, rows_of_a_pass
+from sklearn_softeq.curvature import Curvature, kronecker_factors
+from sklearn_softeq.kronecker import Factor
+from sklearn_softeq.likelihoods import Categorical
 
 __all__ = [
     "N_WARM_UP",
     "Results",
     "Step",
+    "curvature_of",
     "environment",
     "mark_row",
     "print_marks",
@@ -28,6 +35,8 @@ __all__ = [
     "smooth_images",
     "summary",
     "timed_rounds",
+    "traces_of",
+    "training_data",
 ]
 
 N_WARM_UP = 3
@@ -139,3 +148,41 @@ def print_table(head, rows):
         return f"| {' | '.join(padded)} |"
 
     print("\n" + "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)]) + "\n")
+
+
+def training_data(X: np.ndarray | torch.Tensor, y: np.ndarray | torch.Tensor) -> TrainingData:
+    """Images (n, C, H, W) and codes, each row once."""
+    inputs = torch.as_tensor(X)
+    return TrainingData(inputs, torch.as_tensor(y), torch.ones(len(inputs)), float(len(inputs)))
+
+
+@torch.no_grad()
+def traces_of(network: nn.Module, data: TrainingData) -> torch.Tensor:
+    """How undecided the network is about each row, which training finds on its way."""
+    rows = rows_of_a_pass(network)
+    found = [Categorical().hessian_trace(network(x)) for x in data.inputs.split(rows)]
+    return torch.cat(found)
+
+
+def curvature_of(
+    network: nn.Module,
+    data: TrainingData,
+    plan: CurvaturePlan,
+    traces: torch.Tensor,
+    seed: int = 0,
+    constants: Mapping[str, Factor] | None = None,
+    rows_at_a_time: int | None = None,
+) -> Curvature:
+    """The curvature as a fit estimates it."""
+    generator = torch.Generator().manual_seed(seed)
+    if plan.n_rows < len(data):
+        data = data.sample(plan.n_rows, traces, generator)
+    return kronecker_factors(
+        network,
+        Categorical(),
+        data.in_order(rows_at_a_time or rows_of_a_pass(network)),
+        estimator=plan.estimator,
+        unit_weights=data.unit_weights,
+        generator=generator,
+        constants=constants,
+    )

@@ -9,9 +9,10 @@ there is left out of a further run.
 
 Part a: rows; b: classes; c: width of the network; d: side of the images; e: the paper's network of
 sparse pathways for 3×32×32 images (width 10), whose evidence should need at most one and a half
-times the memory of a training step.
+times the memory of a training step. Part f: processes that fit one classifier on the CPU, each with
+a thread of its own: seconds on the clock of an epoch and of an evidence by one sketch of all rows.
 
-    python benchmarks/scaling.py [--part a|b|c|d|e] [--short] [--threads N] [--output PATH]
+    python benchmarks/scaling.py [--part a|b|c|d|e|f] [--short] [--threads N] [--output PATH]
 """
 
 import argparse
@@ -19,6 +20,7 @@ import ctypes
 import gc
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -29,16 +31,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Results, mark_row, print_marks, print_table
+from harness import Results, curvature_of, mark_row, print_marks, print_table, training_data
+from skorch.callbacks import Callback
 from torch import nn
 
-from sklearn_softeq.curvature import Estimator, kronecker_factors
+from sklearn_softeq import SoftEquivariantClassifier
+from sklearn_softeq.budget import CurvaturePlan
+from sklearn_softeq.curvature import Estimator
 from sklearn_softeq.hyperparameters import squared_norms
 from sklearn_softeq.kronecker import spectra
-from sklearn_softeq.likelihoods import Categorical
 from sklearn_softeq.marginal_likelihood import FixedPointSolver, LaplaceEvidence
 from sklearn_softeq.networks import SoftEquivariantNetwork, build_network
-from sklearn_softeq.training import CURVATURE_BATCH
 
 OUTPUT = Path(__file__).with_suffix(".json")
 BATCH = 128
@@ -59,7 +62,7 @@ class Setting:
     n_rows : int
         Of an evidence.
     batch : int
-        Rows of one pass of an evidence; that of training by default.
+        Rows of one pass of an evidence; default: as in a fit.
     pathways : tuple of str
     """
 
@@ -67,7 +70,7 @@ class Setting:
     n_classes: int = 10
     width: int = 8
     n_rows: int = 1024
-    batch: int = CURVATURE_BATCH
+    batch: int | None = None
     pathways: tuple[str, ...] = ("conv", "factored_fc")
 
     def network(self) -> SoftEquivariantNetwork:
@@ -89,17 +92,16 @@ class Setting:
 
 DEFAULT = Setting()
 PAPER = Setting((3, 32, 32), width=10, n_rows=512, pathways=("sparse_conv", "sparse_fc"))
-#: A quantity, and a setting for each of its values. The number of processes belongs here, too.
+#: A quantity, and a setting for each of its values.
 PARTS: dict[str, tuple[str, dict[str, Setting]]] = {
     "a": ("rows", {str(n): replace(DEFAULT, n_rows=n) for n in (512, 1024, 2048, 4096)}),
     "b": ("classes", {str(k): replace(DEFAULT, n_classes=k) for k in (2, 10, 30, 100)}),
     "c": ("width", {str(w): replace(DEFAULT, width=w) for w in (2, 4, 8, 16)}),
     "d": ("image side", {str(s): replace(DEFAULT, shape=(1, s, s)) for s in (8, 16, 32, 64)}),
-    "e": (
-        "rows of a pass",
-        {str(b): replace(PAPER, batch=b) for b in sorted({BATCH, CURVATURE_BATCH})},
-    ),
+    "e": ("the paper's network,", {"S-FC+S-CONV": PAPER}),
 }
+PROCESSES = (1, 2)
+N_EPOCHS, EVERY = 10, 2
 SHORT = {"a": ("1024", "4096"), "b": ("10", "30"), "c": ("4", "8"), "d": ("8", "16")}
 
 
@@ -119,19 +121,13 @@ def training_step(setting: Setting) -> Callable[[], None]:
 
 def evidence(setting: Setting, columns: str) -> Callable[[], None]:
     """A pass over all rows, and what follows."""
-    network, data = setting.network(), setting.data()
+    network, data = setting.network(), training_data(*setting.data())
+    plan = CurvaturePlan(Estimator(columns), len(data))
     prior = {name: i for i, (name, _) in enumerate(network.named_parameters())}
 
     def run():
-        batches = zip(*(t.split(setting.batch) for t in data), strict=True)
-        curvature = kronecker_factors(
-            network,
-            Categorical(),
-            ((x, y, torch.ones(len(x))) for x, y in batches),
-            estimator=Estimator(columns),
-            unit_weights=True,
-            generator=torch.Generator().manual_seed(0),
-        )
+        traces = torch.ones(len(data))
+        curvature = curvature_of(network, data, plan, traces, rows_at_a_time=setting.batch)
         norms = squared_norms(dict(network.named_parameters()))
         found = spectra(curvature.factors)
         objective = LaplaceEvidence(curvature.log_likelihood, found, norms, prior)
@@ -206,6 +202,65 @@ def measure(setting: Setting, threads: int) -> dict:
     return found
 
 
+def fit_times() -> dict[str, float]:
+    """Seconds of an epoch and of an evidence in a fit that this process has a share in."""
+    clock = Clock()
+    n_rows = DEFAULT.n_rows * 4
+    images, codes = replace(DEFAULT, n_rows=n_rows).data()
+    SoftEquivariantClassifier(
+        width=DEFAULT.width,
+        start="joint",
+        curvature="rademacher",
+        burn_in=EVERY,
+        evidence_every=EVERY,
+        max_epochs=N_EPOCHS,
+        n_iter_no_change=N_EPOCHS,
+        lr_schedule="constant",
+        keep_best=False,
+        random_state=0,
+        callbacks=[clock],
+    ).fit(images.numpy(), codes.numpy())
+    epochs = np.diff(clock.times)
+    plain, with_evidence = epochs[EVERY::EVERY], epochs[EVERY + 1 :: EVERY]
+    epoch = float(np.median(plain))
+    return {"epoch": epoch, "evidence": float(np.median(with_evidence)) - epoch}
+
+
+class Clock(Callback):
+    """The time at the begin of training and at the end of each epoch."""
+
+    def on_train_begin(self, net, **kwargs):
+        self.times = [time.perf_counter()]
+
+    def on_epoch_end(self, net, **kwargs):
+        self.times.append(time.perf_counter())
+
+
+def measure_processes(n_processes: int) -> dict[str, float]:
+    """A fit of so many processes."""
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n_processes)]
+    child = subprocess.run(
+        [sys.executable, "-m", *launch, __file__, "--child", json.dumps({"work": "fit"})],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return json.loads(child.stdout)
+
+
+def run_child(order: dict) -> None:
+    """Measure what another process has asked for, and say what was found."""
+    if order["work"] == "fit":
+        found = fit_times()
+        if os.environ.get("RANK", "0") != "0":
+            return
+    else:
+        torch.set_num_threads(order["threads"])
+        found = measure_here(order["work"], Setting(**order["setting"]))
+    print(json.dumps(found))
+
+
 def row_of(part: str, quantity: str, value: str, result: dict) -> tuple[str, ...]:
     """A row of the table."""
     step, *others = (result[work] for work in WORK)
@@ -228,20 +283,19 @@ def mark_rows(part: str, quantity: str, value: str, result: dict) -> list[tuple[
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--part", choices=PARTS, help="one part only (all)")
+    parser.add_argument("--part", choices=[*PARTS, "f"], help="one part only (all)")
     parser.add_argument("--short", action="store_true", help="fewer values of each quantity")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
     parser.add_argument("--output", default=OUTPUT, help="where results go (beside this file)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        order = json.loads(options.child)
-        torch.set_num_threads(order["threads"])
-        print(json.dumps(measure_here(order["work"], Setting(**order["setting"]))))
+        run_child(json.loads(options.child))
         sys.exit()
     kept = Results(options.output)
     rows, marks = [], []
-    for part in [options.part] if options.part else PARTS:
+    wanted = [options.part] if options.part else [*PARTS, "f"]
+    for part in (part for part in wanted if part in PARTS):
         quantity, settings = PARTS[part]
         for value in SHORT.get(part, settings) if options.short else settings:
             key = f"{part}, {quantity}={value}, threads={options.threads}"
@@ -250,6 +304,14 @@ if __name__ == "__main__":
             rows.append(row_of(part, quantity, value, result))
             marks += mark_rows(part, quantity, value, result)
             print(f"  {quantity} {value}: done", flush=True)
+    if "f" in wanted:
+        times = []
+        for n in PROCESSES:
+            result = kept.get(f"f, processes={n}", lambda n=n: measure_processes(n))
+            times.append((str(n), f"{result['epoch']:.3f}", f"{result['evidence']:.3f}"))
+        print_table(("processes", "epoch, s", "evidence, s"), times)
     head = ("part", "setting", "weights", "step, ms", "MB")
-    print_table((*head, "one sketch, s", "MB", "exact, s", "MB"), rows)
-    print_marks(marks)
+    if rows:
+        print_table((*head, "one sketch, s", "MB", "exact, s", "MB"), rows)
+    if marks:
+        print_marks(marks)

@@ -50,17 +50,45 @@ class TrainingData(torch.utils.data.Dataset):
         """Whether every row counts once."""
         return bool((self.weights == 1).all())
 
-    def subset(self, size: int, seed: int) -> "TrainingData":
-        """So many random rows, in order, that stand for the same N; itself if it has no more.
+    def sample(self, size: int, traces: torch.Tensor, generator: torch.Generator) -> "TrainingData":
+        """So many rows, drawn more often the more they add to the curvature, that stand for all.
 
-        All rows alike, whatever their weights.
+        Half of a row's chance is its share of the weights, which the input factors need, and half
+        its share of the trace of the output Hessian: a network that fits nearly all rows has its
+        curvature in the few that it is undecided about. Weights make up for the chances. A row
+        whose chance reaches 1 is taken once, and along the order of traces rows are taken at even
+        steps of their chances, so that every degree of indecision is represented.
+
+        Parameters
+        ----------
+        size : int
+            Below the number of rows.
+        traces : tensor of shape (n,)
+            Trace of the output Hessian of each row.
+        generator : torch.Generator
+            Of the one random number, the place of the first step; on the CPU.
+
+        References
+        ----------
+        Sampling with unequal probabilities in systematic steps: W. G. Madow, Annals of
+        Mathematical Statistics 20 (1949).
         """
-        if size >= len(self):
-            return self
-        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        rows = rows[:size].sort().values.to(self.inputs.device)
-        inputs, (targets, weights) = self[rows]
-        return replace(self, inputs=inputs, targets=targets, weights=weights)
+        weights, traces = self.weights.double(), traces.double()
+        curvature = weights * traces
+        shares = weights / weights.sum()
+        shares = shares + torch.where(
+            curvature.sum() > 0, curvature / curvature.sum().clamp_min(1e-300), shares
+        )
+        chances = _chances(shares, size)
+        order = traces.argsort(stable=True)
+        steps = torch.arange(size, device=order.device) + torch.rand((), generator=generator).item()
+        upto = chances[order].cumsum(0)
+        rows = order[torch.searchsorted(upto, steps * (upto[-1] / size), right=True)]
+        inputs, (targets, _) = self[rows]
+        stand_for = weights[rows] * (self.n_observations / weights.sum()) / chances[rows]
+        return replace(
+            self, inputs=inputs, targets=targets, weights=stand_for.to(self.weights.dtype)
+        )
 
     def in_order(self, size: int) -> Iterator[Batch]:
         """Batches of nearly equal size, at most ``size`` rows, in order."""
@@ -69,12 +97,21 @@ class TrainingData(torch.utils.data.Dataset):
         return zip(*(column.tensor_split(n_batches) for column in columns), strict=True)
 
 
+def _chances(shares: torch.Tensor, size: int) -> torch.Tensor:
+    """Chances in proportion to shares whose sum is ``size``; none above 1."""
+    falling = shares.sort(descending=True).values
+    rest = falling.flip(0).cumsum(0).flip(0)  # of each and all smaller ones
+    left = size - torch.arange(len(shares), device=shares.device)  # after so many certain ones
+    n_certain = (falling * left <= rest).byte().argmax()
+    return (shares * (left[n_certain] / rest[n_certain])).clamp_max(1.0)
+
+
 class Batches:
     """Iterates over shuffled batches of nearly equal size, at most ``batch_size``.
 
     One step on a left-over batch of a few rows would be all noise, so the rows are spread evenly.
-    A batch is (inputs, (targets, weights, n)); of several processes each has its share of the n
-    rows.
+    A batch is (inputs, (targets, weights, rows, n)); of several processes each has its share of
+    its n rows.
 
     Parameters
     ----------
@@ -116,7 +153,7 @@ class Batches:
                 inputs, columns = self.dataset[rows]
                 inputs = self._augmented(self.augment, inputs)[own]
                 columns = tuple(column[own] for column in columns)
-            yield inputs, (*columns, len(rows))
+            yield inputs, (*columns, rows[own], len(rows))
 
     def _rows(self):
         n_rows = len(self.dataset)

@@ -14,7 +14,15 @@ from torch import nn
 from .curvature import Estimator
 from .layers import SharedLinear
 
-__all__ = ["BUDGET", "EXACT_COLUMNS", "MAX_ROWS", "MIN_ROWS", "CurvaturePlan", "plan_curvature"]
+__all__ = [
+    "BUDGET",
+    "EXACT_COLUMNS",
+    "MAX_ROWS",
+    "MIN_ROWS",
+    "CurvaturePlan",
+    "plan_curvature",
+    "rows_of_a_pass",
+]
 
 #: Share of the time of training that the evidences within it may take. What is left of a tenth is
 #: for the last one, which sees all data.
@@ -27,6 +35,11 @@ EXACT_COLUMNS = 4096
 #: Rows of a subset: fewer estimate a log determinant too badly (256: by 2 to 5 %), more than the
 #: larger number do not improve it (4096: by 0.1 %).
 MIN_ROWS, MAX_ROWS = 256, 4096
+
+#: Numbers that all maps of a network give out for the rows of one pass of the curvature: that much
+#: memory a pass needs, a few times over. And the fewest and the most rows of a pass: with fewer a
+#: pass takes longer than its arithmetic, and more gain nothing.
+PASS_NUMBERS, FEWEST_PASS_ROWS, MOST_PASS_ROWS = 2**22, 128, 512
 
 #: Cost of a row with no column (its forward pass, and the products of its inputs), of each
 #: column, of the derivatives in lengthscales in multiples of that, and of the cube of the size
@@ -104,6 +117,13 @@ def plan_curvature(
             return CurvaturePlan(estimator, n_rows)
     most = bisect_right(range(n_rows), allowed, key=costs[random]) - 1
     return CurvaturePlan(random, min(max(most, MIN_ROWS), MAX_ROWS, n_rows))
+
+
+def rows_of_a_pass(network: nn.Module) -> int:
+    """How many rows a network sees at a time when its curvature is computed."""
+    maps = [m for m in network.modules() if isinstance(m, SharedLinear)]
+    numbers = sum(m.n_positions * m.weight.shape[0] * m.weight.shape[1] for m in maps)
+    return min(max(PASS_NUMBERS // max(numbers, 1), FEWEST_PASS_ROWS), MOST_PASS_ROWS)
 
 
 class _Cost:

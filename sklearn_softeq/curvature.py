@@ -15,8 +15,8 @@ the log likelihood, in which everything follows, is Σ g · ∂out with g for th
 Gradients of weights are never formed; hooks live inside one call and hang on no layer after it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -27,7 +27,15 @@ from .devices import full_precision
 from .kronecker import Factor, Kronecker, Root
 from .layers import SharedLinear, outer
 
-__all__ = ["COLUMNS", "KFAC_FORMS", "Curvature", "Estimator", "Likelihood", "kronecker_factors"]
+__all__ = [
+    "COLUMNS",
+    "KFAC_FORMS",
+    "Curvature",
+    "Estimator",
+    "Likelihood",
+    "input_factors",
+    "kronecker_factors",
+]
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Reduction = Callable[[torch.Tensor], None]
@@ -47,6 +55,8 @@ class Likelihood(Protocol):
     def hessian_labels(
         self, outputs: torch.Tensor, n_labels: int, generator: torch.Generator
     ) -> torch.Tensor: ...
+
+    def hessian_trace(self, outputs: torch.Tensor) -> torch.Tensor: ...
 
 
 #: Columns v of the output Hessian, (n, K, columns), with Σ v vᵀ equal to it or its mean: by name,
@@ -133,7 +143,7 @@ def kronecker_factors(
     unit_weights: bool = False,
     generator: torch.Generator | None = None,
     lengthscales: bool = False,
-    constants: dict[str, Factor] | None = None,
+    constants: Mapping[str, Factor] | None = None,
     own: slice = EVERY_ROW,
     reduction: Reduction | None = None,
 ) -> Curvature:
@@ -149,7 +159,7 @@ def kronecker_factors(
     likelihood : Categorical or Gaussian
         Gives the columns of the output Hessian.
     batches : iterable of (inputs, targets, weights)
-        Weights of shape (n,) count repetitions.
+        Weights of shape (n,) count repetitions, or make up for the chance of being among them.
     estimator : Estimator, default=Estimator()
         Default: exact columns, expand.
     total_weight : float, optional
@@ -162,10 +172,9 @@ def kronecker_factors(
     lengthscales : bool, default=False
         Also the derivatives in log ω of every map that is given at anchors: those of its factors,
         and that of the log likelihood, for one backward pass more.
-    constants : dict of str to Factor, optional
-        Input factors of the maps that see the images themselves, by name: they hang on no
-        weight. Those that are there are taken, the others are put in. Keep it for the same
-        batches only.
+    constants : mapping of str to Factor, optional
+        Mean input factors of the maps that see the images themselves, by name, as
+        :func:`input_factors` finds them. They hang on no weight.
     own : slice, optional
         The rows of each batch that this process sees, if others see the rest.
     reduction : callable, optional
@@ -176,7 +185,7 @@ def kronecker_factors(
     -------
     Curvature
     """
-    constants = {} if constants is None else constants
+    constants = constants or {}
     sums: dict[str, _FactorSums] = {}
     seen: list[torch.Tensor] = []  # (log likelihood, weight) of each batch
     for batch in batches:
@@ -202,14 +211,61 @@ def kronecker_factors(
             for name, grad in _gradients(outputs, record, weighted, keep=i < len(columns)):
                 sums[name].add_gradient(grad)
     assert seen, "no batches"
-    return _finished(sums, torch.stack(seen).sum(0), total_weight, constants, reduction)
+    return _finished(sums, torch.stack(seen).sum(0), total_weight, reduction)
+
+
+@full_precision()
+def input_factors(
+    network: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    kfac: str = "expand",
+    unit_weights: bool = False,
+    own: slice = EVERY_ROW,
+    reduction: Reduction | None = None,
+) -> dict[str, Factor]:
+    """Mean input factors A of the maps that see the images themselves, by the name of the map.
+
+    They hang on no weight, and are the same for all evidences of a fit. Of the network only what
+    comes before the last of these maps is run. Maps at anchors, whose tokens hang on ω, are left
+    out.
+
+    Parameters
+    ----------
+    network, batches, kfac, unit_weights, own, reduction
+        As of :func:`kronecker_factors`.
+    """
+    sums: dict[str, _FactorSums] = {}
+    weight: torch.Tensor | float = 0.0
+    for inputs, _, weights in ((column[own] for column in batch) for batch in batches):
+        if sums:
+            seen = _inputs_of(network, list(sums), inputs)
+        else:
+            with torch.enable_grad(), _recorded(network) as record:
+                network(inputs)
+            record = {
+                name: met
+                for name, met in record.items()
+                if met.constant and met.layer.interpolation is None
+            }
+            sums = {name: _FactorSums(met, kfac, False, None) for name, met in record.items()}
+            seen = {name: met.inputs for name, met in record.items()}
+            if not sums:
+                return {}
+        root_weight = None if unit_weights else weights.sqrt().to(inputs.dtype)
+        weight = weight + weights.double().sum()
+        for name, of_map in seen.items():
+            sums[name].add_input(of_map, root_weight, len(inputs))
+    assert isinstance(weight, torch.Tensor), "no batches"
+    if reduction is not None:
+        _reduce([weight, *(s.left.matrix for s in sums.values())], reduction)
+    return {name: s.left.finish(1 / weight.item()) for name, s in sums.items()}
 
 
 def _finished(
     sums: "dict[str, _FactorSums]",
     seen: torch.Tensor,
     total_weight: float | None,
-    constants: dict[str, Factor],
     reduction: Reduction | None,
 ) -> Curvature:
     """Sums turned into curvature for N observations."""
@@ -222,8 +278,6 @@ def _finished(
     for name, layer_sums in sums.items():
         for tensor, factor in layer_sums.finish(weight_seen, total).items():
             factors[f"{name}.{tensor}"] = factor
-        if layer_sums.constant:
-            constants[name] = factors[f"{name}.weight"].left
     scale = total / weight_seen
     slopes = {name: s.slope.item() * scale for name, s in sums.items() if s.moving}
     return Curvature(factors, log_likelihood * scale, slopes)
@@ -313,7 +367,6 @@ class _FactorSums:
         n_blocks, n_out, n_in = met.layer.weight.shape
         layer, like = met.layer, met.inputs
         self.layer, self.kfac, self.known = layer, kfac, known
-        self.constant = met.constant and layer.interpolation is None
         self.moving = lengthscales and layer.interpolation is not None
         self.left = _Moments(n_blocks, n_in, like, not self.moving)
         self.right = _Moments(n_blocks, n_out, like, not self.moving)
@@ -395,17 +448,17 @@ class _FactorSums:
 
     def finish(self, seen: float, total: float) -> dict[str, Kronecker]:
         """Curvature of weight and bias for N = total from sums over weight m = seen."""
-        scale = total / seen**2  # Eq. H = A ⊗ Γ / m, times N/m
-        left = self.left.finish(1.0) if self.known is None else self.known
+        mean, scale = 1 / seen, total / seen  # Eq. H = A / m ⊗ Γ, times N/m
+        left = self.left.finish(mean) if self.known is None else self.known
         right = self.right.finish(scale)
-        d_left, d_right = _symmetric(self.left_tangent, 1.0), _symmetric(self.right_tangent, scale)
+        d_left, d_right = _symmetric(self.left_tangent, mean), _symmetric(self.right_tangent, scale)
         found = {"weight": Kronecker(left, right, d_left, d_right)}
         one = self.layer.weight.new_ones(1, 1, 1)
         if self.layer.bias is not None and self.shared:
-            found["bias"] = Kronecker(one, self.bias.finish(total / seen))
+            found["bias"] = Kronecker(one, self.bias.finish(scale))
         elif self.layer.bias is not None:
             # One position, one block: Γ itself, the same tensor, so that it is decomposed once.
-            found["bias"] = Kronecker(one * seen, right)
+            found["bias"] = Kronecker(one, right)
         return found
 
 
@@ -437,6 +490,35 @@ def _gradients(
         outputs, [met.outputs for met in record.values()], vector, retain_graph=keep
     )
     return zip(record, grads, strict=True)
+
+
+class _SeenEnough(Exception):
+    """Nothing that comes later in a forward pass is needed."""
+
+
+@torch.no_grad()
+def _inputs_of(
+    network: nn.Module, names: list[str], inputs: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Inputs of some maps, of which the last ends the forward pass."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str):
+        def hook(layer, args):
+            seen[name] = args[0]
+            if len(seen) == len(names):
+                raise _SeenEnough
+
+        return hook
+
+    handles = [network.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    try:
+        with suppress(_SeenEnough):
+            network(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 @contextmanager

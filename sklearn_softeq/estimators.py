@@ -18,7 +18,8 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from .batches import AUGMENTATIONS, Batches, TrainingData
-from .budget import plan_curvature
+from .budget import plan_curvature, rows_of_a_pass
+from .course import Course, EvidenceStep, ProgressLine
 from .curvature import COLUMNS, KFAC_FORMS
 from .groups import GROUPS
 from .layers import PATHWAYS
@@ -38,15 +39,7 @@ from .symmetry import (
     shares,
     sum_table,
 )
-from .training import (
-    AMP_DTYPES,
-    CURVATURE_BATCH,
-    OPTIMIZERS,
-    Course,
-    EvidenceStep,
-    ProgressLine,
-    SoftEquivariantNet,
-)
+from .training import AMP_DTYPES, OPTIMIZERS, SoftEquivariantNet
 from .validation import (
     check_classes,
     check_images,
@@ -694,7 +687,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.symmetry_ = shares(self.effective_dimensions_, enabled)
         per_weight = self.effective_dimensions_ / np.maximum(self.n_weights_, 1)
         self.symmetry_per_weight_ = shares(per_weight, enabled)
-        self.output_share_ = output_shares(network, data.in_order(CURVATURE_BATCH))
+        self.output_share_ = output_shares(network, data.in_order(rows_of_a_pass(network)))
 
     def _warn_if_not_converged(self) -> None:
         if self.net_.course.capped and joined(self.device_).rank == 0:
@@ -806,7 +799,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         if group not in list(GROUPS):
             raise ValueError(f"group={group!r} is not known. Choose one of {sorted(GROUPS)}.")
-        batches = self._new_images(X).to(self.device_).split(CURVATURE_BATCH)
+        batches = self._new_images(X).to(self.device_).split(rows_of_a_pass(self.module_))
         return Bunch(**equivariance_errors(self.module_, batches, GROUPS[group])._asdict())
 
 

@@ -37,11 +37,11 @@ class Spectrum:
         """All products λ_i μ_j, shape (B, d_in, d_out)."""
         return self.left[:, :, None] * self.right[:, None, :]  # (B, d_in, d_out)
 
-    def log_det_ratio(self, precision: torch.Tensor) -> torch.Tensor:
+    def log_det_ratio(self, precision: torch.Tensor | float) -> torch.Tensor:
         """log det(H + δ) − log det(δ) = Σ_b Σ_ij log(1 + λ_i μ_j / δ)."""
         return torch.log1p(self.eigenvalues() / precision).sum()  # Eq. log determinant
 
-    def effective_dimensions(self, precision: torch.Tensor) -> torch.Tensor:
+    def effective_dimensions(self, precision: torch.Tensor | float) -> torch.Tensor:
         """γ = Σ_b Σ_ij λ_i μ_j / (λ_i μ_j + δ), between 0 and the number of weights."""
         products = self.eigenvalues()
         return (products / (products + precision)).sum()  # Eq. effective dimensions

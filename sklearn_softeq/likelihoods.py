@@ -16,6 +16,45 @@ def _signs(outputs: torch.Tensor, n_sketches: int, generator: torch.Generator) -
     return (2 * bits - 1).to(outputs)
 
 
+def _cholesky(
+    outputs: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The Cholesky factor of diag(p) − p pᵀ with classes in falling order of p, in closed form.
+
+    With t_j the probability of all classes behind the j-th, L_jj = √(p_j t_j / t_{j−1}) and
+    L_ij = −p_i √(p_j / (t_{j−1} t_j)) for i > j; what is left after j columns is the covariance of
+    the classes behind, so that the first columns are the large ones and the last one is 0.
+
+    Parameters
+    ----------
+    outputs : tensor of shape (n, K)
+
+    Returns
+    -------
+    tuple of tensors of shape (n, K)
+        p in falling order; which classes those are; L_jj; and −L_ij / p_i.
+
+    References
+    ----------
+    K. Tanabe, M. Sagae, "An Exact Cholesky Decomposition and the Generalized Inverse of the
+    Variance-Covariance Matrix of the Multinomial Distribution, with Applications", Journal of the
+    Royal Statistical Society B 54 (1992).
+    """
+    p, places = outputs.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    tails = p.flip(-1).cumsum(-1).flip(-1)  # t_{j−1}, small ones summed first
+    behind = torch.cat([tails[:, 1:], torch.zeros_like(p[:, :1])], dim=-1)  # t_j
+    # Where nothing is behind, the columns are 0; roots apart, as a product of tails may underflow.
+    tiny = torch.finfo(p.dtype).tiny
+    share = (p / tails.clamp_min(tiny)).sqrt()
+    slopes = torch.where(behind > 0, share * behind.clamp_min(tiny).rsqrt(), 0.0)
+    return p, places, share * behind.sqrt(), slopes
+
+
+def _in_place(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rows (n, K, ...) at their places, (n, K), in the order of the classes."""
+    return torch.empty_like(rows).scatter_(1, places[:, :, None].expand_as(rows), rows)
+
+
 @dataclass(frozen=True)
 class Categorical:
     """Softmax classification of K classes from logits f of shape (n, K)."""
@@ -37,36 +76,38 @@ class Categorical:
     def hessian_root(self, outputs: torch.Tensor) -> torch.Tensor:
         """R with R Rᵀ = −∂² log p / ∂f² = diag(p) − p pᵀ, exactly, in K − 1 columns.
 
-        S = diag(√p) − p √pᵀ is a root with S √p = 0, so the Householder reflection Q that takes
-        √p to −e_K leaves S Q with a last column of zeros.
-
         Returns
         -------
         tensor of shape (n, K, K − 1)
         """
-        p = outputs.softmax(dim=-1)  # (n, K)
-        root = p.sqrt()
-        s = torch.diag_embed(root) - p[:, :, None] * root[:, None, :]  # Eq. root S, (n, K, K)
-        v = root.clone()
-        v[:, -1] += 1.0  # + and not −: no cancellation, vᵀv >= 1
-        reflected = 2.0 * (s @ v[:, :, None]) / (v * v).sum(-1)[:, None, None]  # (n, K, 1)
-        return (s - reflected * v[:, None, :])[:, :, :-1]  # Eq. S Q, its last column is 0
+        p, places, diagonal, slopes = _cholesky(outputs)
+        lower = torch.diag_embed(diagonal) - (p[:, :, None] * slopes[:, None, :]).tril(-1)
+        return _in_place(lower[:, :, :-1], places)  # the last column is 0
 
     def hessian_sketch(
         self, outputs: torch.Tensor, n_sketches: int, generator: torch.Generator
     ) -> torch.Tensor:
-        """Random columns v with E[v vᵀ] = diag(p) − p pᵀ: S r with random signs r.
+        """Random columns v with E[v vᵀ] = diag(p) − p pᵀ: R r with random signs r.
 
-        The columns are scaled by 1/√n_sketches, so that their sum of squares is the estimate.
+        The columns are scaled by 1/√n_sketches, so that their sum of squares is the estimate. Its
+        error is of the products of different columns of R, so R should have few large ones: where
+        two classes are in question this one has a single column, and the estimate no error.
 
         Returns
         -------
         tensor of shape (n, K, n_sketches)
         """
-        p = outputs.softmax(dim=-1)[:, :, None]  # (n, K, 1)
-        signed = p.sqrt() * _signs(outputs, n_sketches, generator)
-        # Eq. sketch S r, without forming S
-        return (signed - p * signed.sum(1, keepdim=True)) / math.sqrt(n_sketches)
+        p, places, diagonal, slopes = (t[:, :, None] for t in _cholesky(outputs))
+        signs = _signs(outputs, n_sketches, generator)
+        passed = slopes * signs
+        passed = passed.cumsum(1) - passed
+        # Eq. sketch R r, without forming R
+        return _in_place(diagonal * signs - p * passed, places[:, :, 0]) / math.sqrt(n_sketches)
+
+    def hessian_trace(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Trace of −∂² log p / ∂f², 1 − Σ p²: how undecided each prediction is, shape (n,)."""
+        p = outputs.softmax(dim=-1)
+        return (p * (1 - p)).sum(-1)
 
     def hessian_labels(
         self, outputs: torch.Tensor, n_labels: int, generator: torch.Generator
@@ -117,6 +158,10 @@ class Gaussian:
     ) -> torch.Tensor:
         """Random columns v with E[v vᵀ] = I/σ², shape (n, K, n_sketches)."""
         return _signs(outputs, n_sketches, generator) / math.sqrt(n_sketches * self.noise_variance)
+
+    def hessian_trace(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Trace of −∂² log p / ∂f², the same for each row, shape (n,)."""
+        return outputs.new_full((len(outputs),), outputs.shape[-1] / self.noise_variance)
 
     def hessian_labels(
         self, outputs: torch.Tensor, n_labels: int, generator: torch.Generator

@@ -7,8 +7,9 @@ in closed form, ∂ log q / ∂ log δ_g = ½ (γ_g − δ_g ‖w*_g‖²). A le
 likelihood: there each evidence gives a gradient for one step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -77,29 +78,24 @@ class LaplaceEvidence:
 
     def evidence(self, log_precision: torch.Tensor) -> Evidence:
         """The estimate and its terms at a vector of log precisions."""
-        scatter = self._squares(log_precision) * log_precision.exp()
-        log_det = sum(
-            (
-                spectrum.log_det_ratio(log_precision[self.index[name]].exp())
-                for name, spectrum in self.spectra.items()
-            ),
-            torch.zeros((), dtype=torch.float64),
+        precisions = log_precision.exp()
+        log_det = self._of_each(Spectrum.log_det_ratio, precisions).sum()
+        return Evidence(
+            self.log_likelihood,
+            torch.dot(self._squares, precisions[self._places]).item(),
+            log_det.item(),
         )
-        return Evidence(self.log_likelihood, scatter.sum().item(), log_det.item())
 
     def effective_dimensions(self, log_precision: torch.Tensor) -> dict[str, float]:
         """γ of each tensor, between 0 and its number of weights."""
-        return {
-            name: spectrum.effective_dimensions(log_precision[self.index[name]].exp()).item()
-            for name, spectrum in self.spectra.items()
-        }
+        found = self._of_each(Spectrum.effective_dimensions, log_precision.exp())
+        return dict(zip(self.spectra, found.tolist(), strict=True))
 
     def balance(self, log_precision: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """c γ, with c the charge, and ‖w‖² of each entry; zero for tensors that are not in use."""
-        gamma = torch.zeros_like(log_precision)
-        for name, value in self.effective_dimensions(log_precision).items():
-            gamma[self.index[name]] = self.charges.get(name, 1.0) * value
-        return gamma, self._squares(log_precision)
+        found = self._of_each(Spectrum.effective_dimensions, log_precision.exp())
+        gamma = torch.zeros_like(log_precision).index_put((self._places,), self._charges * found)
+        return gamma, torch.zeros_like(log_precision).index_put((self._places,), self._squares)
 
     def gradient(self, log_precision: torch.Tensor) -> torch.Tensor:
         """∂ log q / ∂ log δ = ½ (c γ − δ ‖w‖²), with charge c = 1 the gradient of the evidence."""
@@ -116,11 +112,28 @@ class LaplaceEvidence:
             gradient[name] = slope - 0.5 * log_det_slope  # Eq. gradient in ω
         return gradient
 
-    def _squares(self, log_precision: torch.Tensor) -> torch.Tensor:
-        squares = torch.zeros_like(log_precision)
-        for name in self.spectra:
-            squares[self.index[name]] = self.squared_norms[name]
-        return squares
+    # Of the tensors in use, in the order of ``spectra``; many steps ask for them.
+
+    @cached_property
+    def _places(self) -> torch.Tensor:
+        return torch.tensor([self.index[name] for name in self.spectra], dtype=torch.int64)
+
+    @cached_property
+    def _squares(self) -> torch.Tensor:
+        return torch.tensor([self.squared_norms[n] for n in self.spectra], dtype=torch.float64)
+
+    @cached_property
+    def _charges(self) -> torch.Tensor:
+        charges = [self.charges.get(name, 1.0) for name in self.spectra]
+        return torch.tensor(charges, dtype=torch.float64)
+
+    def _of_each(
+        self, function: Callable[[Spectrum, float], torch.Tensor], precisions: torch.Tensor
+    ) -> torch.Tensor:
+        """A figure of each spectrum at its precision."""
+        at = precisions[self._places].tolist()
+        found = [function(each, p) for each, p in zip(self.spectra.values(), at, strict=True)]
+        return torch.stack(found) if found else precisions.new_zeros(0)
 
 
 class FixedPointSolver:

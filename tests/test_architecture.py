@@ -48,6 +48,7 @@ ORDER = (
     "batches",
     "schedules",
     "training",
+    "course",
     # surface
     "estimators",
     "display",
@@ -57,7 +58,7 @@ ORDER = (
 HOMES = {
     "matplotlib": {"display"},
     "sklearn": {"validation", "datasets", "estimators", "display"},
-    "skorch": {"training"},
+    "skorch": {"training", "course"},
 }
 
 # Test modules that follow a question and not a module.

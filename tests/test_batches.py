@@ -1,5 +1,7 @@
 """Batches of the training data: every row once, shared, augmented; subsets."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -24,9 +26,10 @@ def test_every_row_stands_once_in_an_epoch(n, size, parts):
         assert max(sizes) - min(sizes) <= 1
         rows = torch.cat([inputs.flatten() for inputs, _ in epoch])
         assert sorted(rows.tolist()) == list(range(n))
-        for inputs, (targets, weights, n_rows) in epoch:  # and keeps its target and weight
+        for inputs, (targets, weights, places, n_rows) in epoch:  # and keeps its target and weight
             assert torch.equal(targets, inputs.flatten().long() + 100)
             assert torch.equal(weights, inputs.flatten() + 0.5)
+            assert torch.equal(places, inputs.flatten().long())
             assert n_rows == len(inputs)
     orders = [torch.cat([inputs.flatten() for inputs, _ in epoch]).tolist() for epoch in epochs]
     assert orders[0] != orders[1]
@@ -72,36 +75,108 @@ def test_processes_share_each_batch(size):
         list(Batches(numbered(20), 7, np.random.RandomState(0), processes=Processes(rank, size)))
         for rank in range(size)
     ]
-    for i, (inputs, (_, _, n_rows)) in enumerate(whole):
+    for i, (inputs, (_, _, _, n_rows)) in enumerate(whole):
         parts = [share[i] for share in shares]
         rows = torch.cat([part.flatten() for part, _ in parts])
         assert sorted(rows.tolist()) == sorted(inputs.flatten().tolist())
-        assert all(n == n_rows for _, (_, _, n) in parts)
-        for part, (targets, weights, _) in parts:
+        assert all(n == n_rows for _, (_, _, _, n) in parts)
+        for part, (targets, weights, places, _) in parts:
+            assert torch.equal(places, part.flatten().long())
             assert torch.equal(targets, part.flatten().long() + 100)
             assert torch.equal(weights, part.flatten() + 0.5)
 
 
-# ── subsets
+# ── samples that stand for all rows
 
 
-def test_a_subset_is_random_rows_in_order_that_stand_for_the_whole():
-    data = numbered(50)
-    first, again, other = (data.subset(10, seed) for seed in (0, 0, 1))
-    rows = first.inputs.flatten()
-    assert len(first) == 10
-    assert (rows.diff() > 0).all()
-    assert torch.equal(first.targets, rows.long() + 100)
-    assert torch.equal(first.weights, rows + 0.5)
-    assert first.n_observations == data.n_observations
+def undecided(n, seed=0):
+    """Traces of output Hessians as a well trained network has them: a few large ones."""
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 8
+
+
+def sample_of(data, size, traces, seed=0):
+    found = data.sample(size, traces, torch.Generator().manual_seed(seed))
+    assert len(found) == size
+    assert torch.equal(found.targets, found.inputs.flatten().long() + 100)
+    assert found.n_observations == data.n_observations
+    return found
+
+
+def means_over_draws(data, size, traces, n_draws):
+    """Over draws: how often each row is met, the weight it then has, and Σ weight · trace."""
+    sums = []
+    counts = torch.zeros(len(data), dtype=torch.float64)
+    weights = torch.zeros(len(data), dtype=torch.float64)
+    for seed in range(n_draws):
+        found = sample_of(data, size, traces, seed)
+        rows = found.targets - 100
+        assert len(rows.unique()) == size
+        counts[rows] += 1
+        weights[rows] += found.weights
+        sums.append((found.weights * traces[rows]).sum().double())
+    return counts / n_draws, weights / n_draws, torch.stack(sums)
+
+
+@pytest.mark.parametrize("size", [1, 7, 25, 49])
+def test_the_mean_of_many_samples_is_the_data(size):
+    data = replace(numbered(50), n_observations=500.0)
+    traces = undecided(50)
+    chances, weights, sums = means_over_draws(data, size, traces, n_draws=4000)
+    expected = data.weights * (500.0 / data.weights.sum())
+    error = (expected**2 * (1 / chances - 1) / 4000).sqrt()  # of a mean of w/π or 0
+    assert ((weights - expected).abs() <= 5 * error + 1e-9 * expected).all()
+    true = expected @ traces
+    assert (sums.mean() - true).abs() <= 5 * sums.std() / 4000**0.5 + 1e-9
+
+
+def test_rows_come_with_their_share_of_weight_and_of_curvature():
+    data, traces, size = numbered(50), undecided(50), 10
+    found, _, _ = means_over_draws(data, size, traces, n_draws=4000)
+    curvature = data.weights * traces
+    shares = data.weights / data.weights.sum() + curvature / curvature.sum()
+    # The chances that add up to the size when none exceeds 1.
+    low, high = 0.0, 1e3
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (middle * shares).clamp_max(1).sum() < size else (low, middle)
+    expected = (low * shares).clamp_max(1)
+    assert expected.sum() == pytest.approx(size)
+    assert (expected == 1).sum() >= 2, "none is taken for certain"
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / 4000).sqrt()).all()
+    assert (found[expected == 1] == 1).all()
+
+
+def test_every_degree_of_indecision_is_represented():
+    # Sums over rows by their traces vary less than with independent rows by far.
+    data, traces = replace(numbered(400), weights=torch.ones(400).double()), undecided(400)
+    _, _, sums = means_over_draws(data, 60, traces, n_draws=300)
+    chances = (lambda s: 30 * (1 / 400 + s / s.sum()))(traces).clamp_max(1)
+    independent = (traces**2 * (1 / chances - 1)).sum().sqrt()
+    assert sums.std() < 0.2 * independent
+
+
+@pytest.mark.parametrize("traces", [torch.zeros(30), torch.full((30,), 1e-30), torch.ones(30)])
+def test_rows_that_are_alike_are_drawn_alike(traces):
+    data = replace(numbered(30), weights=torch.ones(30))
+    chances, _, _ = means_over_draws(data, 6, traces, n_draws=2000)
+    assert (chances - 0.2).abs().max() <= 5 * (0.2 * 0.8 / 2000) ** 0.5
+    found = sample_of(data, 6, traces)
+    torch.testing.assert_close(found.weights, torch.full((6,), 5.0))  # 30 / 6
+
+
+def test_samples_repeat_with_the_generator():
+    data, traces = numbered(50), undecided(50)
+    first, again, other = (sample_of(data, 10, traces, seed) for seed in (0, 0, 1))
     assert torch.equal(again.inputs, first.inputs)
     assert not torch.equal(other.inputs, first.inputs)
-    counts = sum(
-        torch.bincount(data.subset(10, seed).targets - 100, minlength=50) for seed in range(400)
-    )
-    assert (counts - 80).abs().max() < 5 * (80 * 0.8) ** 0.5  # every row alike
-    for size in (50, 51):
-        assert data.subset(size, 0) is data
+
+
+def test_a_single_row_may_hold_all_curvature():
+    data, traces = numbered(50), torch.zeros(50)
+    traces[17] = 0.5
+    for seed in range(20):
+        rows = sample_of(data, 5, traces, seed).targets - 100
+        assert 17 in rows
 
 
 @pytest.mark.parametrize(("weights", "unit"), [((1.0, 1.0), True), ((1.0, 2.0), False)])

@@ -14,6 +14,7 @@ from sklearn_softeq.budget import (
     MIN_ROWS,
     CurvaturePlan,
     plan_curvature,
+    rows_of_a_pass,
 )
 from sklearn_softeq.curvature import Estimator
 from sklearn_softeq.layers import FC, Conv, FactoredFC, SharedLinear
@@ -348,3 +349,30 @@ def test_words_for_what_is_chosen():
     assert Question(50).plan().describe(50) == "exact, all rows"
     plan = Question(9000, subset=1000).plan()
     assert plan.describe(9000) == "Rademacher sketches: 1, 1000 of 9000 rows"
+
+
+# ── rows of a pass
+
+
+@pytest.mark.parametrize(
+    ("maps", "numbers"),
+    [
+        ([FC(2, 3, (4, 4))], 3 * 16),
+        ([Conv(2, 3, (64, 32), (2, 2))], 3 * 32 * 16),
+        ([Conv(1, 16, (32, 16)), Conv(16, 20, (32, 16))], 36 * 512),
+        ([FactoredFC(30, 40, (16, 8), (2, 2))], 30 * 40 + 40 * 32),
+        ([Conv(1, 40, (32, 64))], 40 * 2048),
+        ([], 0),
+    ],
+)
+def test_rows_of_a_pass_keep_to_the_memory(maps, numbers):
+    expected = budget.PASS_NUMBERS // max(numbers, 1)
+    low, high = budget.FEWEST_PASS_ROWS, budget.MOST_PASS_ROWS
+    assert rows_of_a_pass(nn.Sequential(*maps)) == min(max(expected, low), high)
+
+
+def test_rows_of_a_pass_of_networks():
+    found = [rows_of_a_pass(build_network((1, side, side), 3, width=4)) for side in (4, 32, 64)]
+    assert found[0] == budget.MOST_PASS_ROWS
+    assert budget.FEWEST_PASS_ROWS < found[1] < budget.MOST_PASS_ROWS
+    assert found[2] == budget.FEWEST_PASS_ROWS

@@ -11,7 +11,7 @@ from references import ggn, kfac_expand, kfac_reduce
 from torch import nn
 
 from sklearn_softeq import curvature
-from sklearn_softeq.curvature import Estimator, kronecker_factors
+from sklearn_softeq.curvature import Estimator, input_factors, kronecker_factors
 from sklearn_softeq.kronecker import Kronecker, Root
 from sklearn_softeq.kronecker import dense as as_matrix
 from sklearn_softeq.layers import FC, Conv, SharedLinear
@@ -72,8 +72,8 @@ def test_factors_against_loops(case):
     assert set(found) == {name for name, _ in network.named_parameters()}
     for name, (left, right, bias) in expected.items():
         weight = found[f"{name}.weight"]
-        close(weight.left, left)
-        close(weight.right, right / weights.sum())
+        close(weight.left, left / weights.sum())
+        close(weight.right, right)
         assert (f"{name}.bias" in found) == (bias is not None)
         if bias is not None:
             close(found[f"{name}.bias"].to_dense(), bias)
@@ -148,8 +148,8 @@ def test_reduced_factors_against_loops(case):
     inputs, _, weights = batch
     found = exact_factors(network, case.likelihood, batch, estimator=REDUCE)
     for name, (left, right) in kfac_reduce(network, case.likelihood, inputs, weights).items():
-        close(found[f"{name}.weight"].left, left)
-        close(found[f"{name}.weight"].right, right / weights.sum())
+        close(found[f"{name}.weight"].left, left / weights.sum())
+        close(found[f"{name}.weight"].right, right)
 
 
 @each_case
@@ -264,8 +264,8 @@ def test_small_samples_are_kept_and_larger_ones_multiplied(case, kfac):
         assert roots(found) == expected
         for name, (left, right, *_) in factors.items():
             weight = as_matrices(found[f"{name}.weight"])
-            close(weight.left, left)
-            close(weight.right, right / weights.sum())
+            close(weight.left, left / weights.sum())
+            close(weight.right, right)
 
 
 @each_small
@@ -292,7 +292,7 @@ def test_a_sample_grows_out_of_its_root():
             (found, *_) = kronecker_factors(network, Gaussian(), parts(batch, sizes))
             left = found["layer0.weight"].left
             assert isinstance(left, Root) == (n < 8)
-            close(as_matrix(left), expected)
+            close(as_matrix(left), expected / weights[:n].sum())
 
 
 def test_factors_that_move_are_matrices():
@@ -458,26 +458,37 @@ def with_new_weights(network):
 def test_input_factors_that_hang_on_no_weight_are_computed_once(name, kfac):
     case = BY_NAME[name]
     network, batch = setting(case)
-    batches, constants = parts(batch, [1, case.n - 1]), {}
+    batches = parts(batch, [1, case.n - 1])
     options = {"estimator": Estimator(kfac=kfac), "lengthscales": True}
-    first = kronecker_factors(network, case.likelihood, batches, constants=constants, **options)
+    constants = input_factors(network, batches, kfac=kfac)
     assert set(constants) == set(SEEING[name])
-    kept = dict(constants)
-    with_new_weights(network)
-    second = kronecker_factors(network, case.likelihood, batches, constants=constants, **options)
-    for key, factor in kept.items():
-        assert constants[key] is factor
-        assert first.factors[f"{key}.weight"].left is factor
-        assert second.factors[f"{key}.weight"].left is factor
     expected = kronecker_factors(network, case.likelihood, batches, **options)
-    all_close(second.factors, expected.factors)
-    close_derivatives(second, expected)
-    assert second.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-12)
+    for key, factor in constants.items():
+        close(as_matrix(factor), as_matrix(expected.factors[f"{key}.weight"].left))
+    with_new_weights(network)
+    found = kronecker_factors(network, case.likelihood, batches, constants=constants, **options)
+    for key, factor in constants.items():
+        assert found.factors[f"{key}.weight"].left is factor
+    expected = kronecker_factors(network, case.likelihood, batches, **options)
+    all_close(found.factors, expected.factors)
+    close_derivatives(found, expected)
+    assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-12)
+
+
+def test_input_factors_run_no_more_of_the_network_than_they_need():
+    case = BY_NAME["all"]
+    network, batch = setting(case)
+    passes = []
+    network.head.register_forward_hook(lambda *_: passes.append("whole"))
+    input_factors(network, parts(batch, [1, 1, case.n - 2]))
+    assert passes == ["whole"]  # the first batch, which shows which maps see the images
+    kronecker_factors(network, case.likelihood, [batch])  # no hook of ours is left behind
+    assert passes == ["whole"] * 2
 
 
 @pytest.mark.parametrize("n", [1, 6])
-def test_input_factors_that_are_there_are_not_looked_at(monkeypatch, n):
-    # Whether they are given by their roots or not; the others are computed and put in.
+def test_input_factors_that_are_given_are_not_looked_at(monkeypatch, n):
+    # Whether they are given by their roots or not; the others are computed.
     case = replace(BY_NAME["all"], n=n)
     network, batch = setting(case)
     wrong = torch.full((1, 12, 12), 42.0, dtype=torch.float64)
@@ -486,24 +497,28 @@ def test_input_factors_that_are_there_are_not_looked_at(monkeypatch, n):
     monkeypatch.setattr(network.blocks[0].conv, "input_tokens", None)
     found = kronecker_factors(network, case.likelihood, [batch], constants=constants).factors
     assert found["blocks.0.conv.weight"].left is wrong
-    assert set(constants) == set(SEEING["all"])
+    assert set(constants) == {"blocks.0.conv"}
     monkeypatch.undo()
     expected = kronecker_factors(network, case.likelihood, [batch]).factors
     del found["blocks.0.conv.weight"], expected["blocks.0.conv.weight"]
     all_close(found, expected)
 
 
-def test_factors_of_a_sample_stand_for_any_number_of_observations():
-    # What is kept is scaled by no N: the same sample may stand for another one.
+def test_input_factors_of_all_rows_serve_any_sample_that_stands_for_them():
     case = BY_NAME["all"]
     network, batch = setting(case)
-    constants = {}
-    for total in (1000.0, 3.0):
-        options = {"total_weight": total}
-        found = kronecker_factors(
-            network, case.likelihood, [batch], constants=constants, **options
-        ).factors
-        all_close(found, kronecker_factors(network, case.likelihood, [batch], **options).factors)
+    constants = input_factors(network, [batch])
+    part = tuple(column[:3] for column in batch)
+    expected = kronecker_factors(network, case.likelihood, [part], total_weight=7.0).factors
+    found = kronecker_factors(
+        network, case.likelihood, [part], total_weight=7.0, constants=constants
+    ).factors
+    whole = kronecker_factors(network, case.likelihood, [batch]).factors
+    for name in expected:
+        kron = expected[name]
+        if name.removesuffix(".weight") in constants:
+            kron = replace(kron, left=whole[name].left)
+        close(found[name].to_dense(), kron.to_dense())
 
 
 # ── several processes
@@ -594,11 +609,15 @@ def test_rows_of_a_process_are_its_own():
 def test_processes_that_know_the_input_factors_send_the_rest(n):
     case = replace(BY_NAME["all"], n=n)
     network, batch = setting(case)
-    first, n_everything = in_two_processes(runner(case, network, [batch]))
-    constants = {
-        own.start: {name: found.factors[f"{name}.weight"].left for name in SEEING["all"]}
-        for own, found in zip(OWN, first, strict=True)
-    }
+    _, n_everything = in_two_processes(runner(case, network, [batch]))
+    first, _ = in_two_processes(
+        lambda own, reduction: input_factors(network, [batch], own=own, reduction=reduction)
+    )
+    expected = input_factors(network, [batch])
+    for found in first:
+        for name, factor in expected.items():
+            close(as_matrix(found[name]), as_matrix(factor))
+    constants = {own.start: found for own, found in zip(OWN, first, strict=True)}
     with_new_weights(network)
     second, n_rest = in_two_processes(runner(case, network, [batch], constants))
     for found in second:
@@ -948,8 +967,8 @@ def test_a_pathway_that_is_off_has_no_factors():
     assert set(found) == everything - off
     expected = kfac_expand(network, case.likelihood, batch[0], batch[2])
     for name, (left, right, _) in expected.items():
-        close(found[f"{name}.weight"].left, left)
-        close(found[f"{name}.weight"].right, right / batch[2].sum())
+        close(found[f"{name}.weight"].left, left / batch[2].sum())
+        close(found[f"{name}.weight"].right, right)
 
 
 def test_a_bias_of_one_position_and_block_shares_its_factor():

@@ -33,7 +33,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
 from skorch.callbacks import Callback
 
-from sklearn_softeq import SoftEquivariantClassifier, networks, training
+from sklearn_softeq import SoftEquivariantClassifier, course, networks
 from sklearn_softeq.curvature import kronecker_factors
 from sklearn_softeq.datasets import load_digit_tasks
 from sklearn_softeq.groups import GROUPS
@@ -476,7 +476,7 @@ def test_lengthscales_are_learned_if_asked_for(digits):
 
 
 def test_lengthscales_of_what_is_on_only(digits, monkeypatch):
-    monkeypatch.setattr(training, "LEARNT", -np.inf)  # or labels of chance start jointly
+    monkeypatch.setattr(course, "LEARNT", -np.inf)  # or labels of chance start jointly
     clf = SoftEquivariantClassifier(
         **{**SPARSE, "max_epochs": 100, "evidence_every": 1}, learn_lengthscale=True
     ).fit(digits[0], np.arange(150) % 3)  # labels of chance
@@ -510,7 +510,7 @@ def test_lengthscales_travel_with_the_model(digits):
 
 
 def test_partial_fit_learns_lengthscales(digits, monkeypatch):
-    monkeypatch.setattr(training, "LEARNT", -np.inf)  # two calls teach nothing
+    monkeypatch.setattr(course, "LEARNT", -np.inf)  # two calls teach nothing
     options = {**SPARSE, "burn_in": 2, "evidence_every": 2, "learn_lengthscale": True}
     clf, seen = SoftEquivariantClassifier(**options), []
     for _ in range(6):

@@ -96,6 +96,42 @@ def test_float32_root(likelihood):
     torch.testing.assert_close(square(root), expected)
 
 
+@each_logits
+def test_columns_of_the_root_come_by_their_size(logits):
+    # What the first j columns leave is the covariance of the classes behind.
+    outputs = logits()
+    expected = negative_hessian(CATEGORICAL, outputs)
+    columns = CATEGORICAL.hessian_root(outputs).unbind(-1)
+    for row, p in enumerate(outputs.softmax(1)):
+        order = p.argsort(descending=True, stable=True)
+        for j, column in enumerate(columns, 1):
+            expected[row] -= torch.outer(column[row], column[row])
+            done = order[:j]
+            assert expected[row, done].abs().max() <= 1e-12
+    assert (expected.abs() <= 1e-12).all()
+
+
+def test_a_sketch_of_two_classes_is_exact():
+    # And of any number of them where all but two are out of the question.
+    for outputs in (
+        random_logits(k=2),
+        torch.cat([random_logits(k=2), torch.full((6, 3), -1e4)], 1),
+    ):
+        columns = CATEGORICAL.hessian_sketch(outputs, 1, torch.Generator().manual_seed(0))
+        expected = square(CATEGORICAL.hessian_root(outputs))
+        torch.testing.assert_close(square(columns), expected, atol=1e-12, rtol=1e-10)
+
+
+@each_logits
+@each_model
+def test_trace_of_the_hessian(likelihood, logits):
+    outputs = logits()
+    found = likelihood.hessian_trace(outputs)
+    expected = negative_hessian(likelihood, outputs).diagonal(dim1=1, dim2=2).sum(1)
+    torch.testing.assert_close(found, expected, atol=1e-15, rtol=1e-10)
+    assert (found >= 0).all()
+
+
 @each_model
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_sketch_is_unbiased_over_all_signs(monkeypatch, likelihood, k):

@@ -665,7 +665,7 @@ def test_a_resnet_of_depth_18_trains_from_its_start(pathways):
     generator = torch.Generator().manual_seed(0)
     options = {"architecture": "resnet", "width": 4, "generator": generator}
     network = build_network((1, 32, 32), 5, pathways=pathways, **options)
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.003)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
     for _ in range(40):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(network(images), labels).backward()

@@ -13,10 +13,11 @@ import torch
 from skorch.callbacks import Callback
 from torch import nn
 
-from sklearn_softeq import training
+from sklearn_softeq import course
 from sklearn_softeq.anchors import Interpolation
 from sklearn_softeq.batches import Batches, TrainingData
 from sklearn_softeq.budget import CurvaturePlan
+from sklearn_softeq.course import Course, EvidenceStep, ProgressLine
 from sklearn_softeq.curvature import Estimator
 from sklearn_softeq.layers import FC
 from sklearn_softeq.likelihoods import Categorical
@@ -28,25 +29,19 @@ from sklearn_softeq.marginal_likelihood import (
 )
 from sklearn_softeq.networks import build_network
 from sklearn_softeq.schedules import STARTS, JointStart, LearningRate, Plateau
-from sklearn_softeq.training import (
-    OPTIMIZERS,
-    Course,
-    EvidenceStep,
-    ProgressLine,
-    SoftEquivariantNet,
-)
+from sklearn_softeq.training import OPTIMIZERS, SoftEquivariantNet
 
 K = 3
 ALL = ("conv", "factored_fc", "fc")
 
 
-LEARNT = training.LEARNT
+LEARNT = course.LEARNT
 
 
 @pytest.fixture(autouse=True)
 def _no_restart(monkeypatch):
     """Nothing is learnt in a few epochs on noise; what follows from that has tests of its own."""
-    monkeypatch.setattr(training, "LEARNT", -np.inf)
+    monkeypatch.setattr(course, "LEARNT", -np.inf)
 
 
 def data_of(n=12, shape=(1, 4, 4), dtype=torch.float64, n_observations=None, weighted=True):
@@ -191,7 +186,7 @@ def in_training(net, data):
 
 def batch_loss(net, data, rows, n_rows=None):
     inputs, (targets, weights) = data[torch.tensor(rows)]
-    return net.get_loss(net.module_(inputs), (targets, weights, n_rows or len(rows))).item()
+    return net.get_loss(net.module_(inputs), (targets, weights, None, n_rows or len(rows))).item()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -517,6 +512,42 @@ def test_learning_the_prior_does_not_change_the_batches(solver):
     assert torch.equal(*orders)
 
 
+class Watched(Callback):
+    """Outputs of the steps of the last epoch by row, and the rows that evidences see."""
+
+    def on_train_begin(self, net, **kwargs):
+        self.outputs = torch.full((len(net.data_), K), torch.nan, dtype=torch.float64)
+
+    def on_batch_end(self, net, batch=None, y_pred=None, **kwargs):
+        self.outputs[batch[1][2]] = y_pred.detach()
+
+
+def test_a_sample_is_drawn_by_the_outputs_of_the_last_epoch(monkeypatch):
+    data, seen, watched = data_of(40, weighted=True), [], Watched()
+    drawn = TrainingData.sample
+
+    def sample(self, size, traces, generator):
+        seen.append((size, traces.clone(), watched.outputs.softmax(1)))
+        return drawn(self, size, traces, generator)
+
+    monkeypatch.setattr(TrainingData, "sample", sample)
+    net = net_of(subset=9, burn_in=2, every=3, max_epochs=8, batch_size=7, callbacks=[watched])
+    # The evidence looks at the outputs after our callback has: callbacks are met in order.
+    net.callbacks_.insert(0, net.callbacks_.pop())
+    net.partial_fit(data)
+    assert len(seen) == 4  # epochs 2, 5, 8 and the last weights; then all rows
+    for size, traces, p in seen:
+        assert size == 9
+        torch.testing.assert_close(traces, 1 - p.square().sum(1))
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_no_row_is_looked_at_when_all_are_seen(monkeypatch):
+    monkeypatch.setattr(Categorical, "hessian_trace", None)
+    net_of(burn_in=1, every=1, max_epochs=3).partial_fit(data_of())
+    net_of(burn_in=1, every=1, max_epochs=3, subset=5, steps=0).partial_fit(data_of())
+
+
 # ── lengthscales
 
 SPARSE = ("sparse_conv", "sparse_fc")
@@ -811,9 +842,7 @@ def test_weights_of_the_cooldown_are_averaged():
 
 def test_weights_are_averaged_in_one_gauge(monkeypatch):
     epochs = []
-    monkeypatch.setattr(
-        training, "fix_gauge", lambda network, prior: epochs.append(len(net.history))
-    )
+    monkeypatch.setattr(course, "fix_gauge", lambda network, prior: epochs.append(len(net.history)))
     net = net_of(burn_in=2, every=1, schedule="cooldown", max_epochs=12)
     net.partial_fit(data_of())
     assert epochs == [*range(2, 10)]  # not in the cool-down
@@ -918,7 +947,7 @@ def test_a_start_that_has_learnt_nothing_begins_anew(monkeypatch, steps):
             looks.append((weights_of(net), net.prior_.precisions()))
 
     for learnt in (-np.inf, np.inf):
-        monkeypatch.setattr(training, "LEARNT", learnt)
+        monkeypatch.setattr(course, "LEARNT", learnt)
         record, settings = Record(), {"start": "symmetric", "burn_in": 3, "every": 3}
         net = net_of(
             **settings,
@@ -944,7 +973,7 @@ def test_a_start_that_has_learnt_nothing_begins_anew(monkeypatch, steps):
 
 
 def test_a_restarted_net_is_taken_over_with_its_factors(monkeypatch):
-    monkeypatch.setattr(training, "LEARNT", np.inf)
+    monkeypatch.setattr(course, "LEARNT", np.inf)
     settings = {"start": "symmetric", "burn_in": 1, "module__scale": "symmetric"}
     first = net_of(**settings).partial_fit(data_of())
     second = net_of(**settings, seed=1)
@@ -965,7 +994,7 @@ def test_a_restart_forgets_slopes_and_moments(monkeypatch):
             steps.append(max((int(state["step"]) for state in states), default=0))
 
     for learnt in (-np.inf, np.inf):
-        monkeypatch.setattr(training, "LEARNT", learnt)
+        monkeypatch.setattr(course, "LEARNT", learnt)
         options = {"start": "symmetric", "burn_in": 3, "every": 1, "max_epochs": 8}
         steps.clear()
         _, record = learned(callbacks=[("look", Look())], keep_best=False, **options)
@@ -999,7 +1028,7 @@ def test_a_single_class_leaves_nothing_to_explain():
 
 @pytest.mark.parametrize(("symmetric", "anew"), [(True, False), (False, True)])
 def test_whether_a_symmetric_start_has_learnt(symmetric, anew, monkeypatch):
-    monkeypatch.setattr(training, "LEARNT", LEARNT)
+    monkeypatch.setattr(course, "LEARNT", LEARNT)
     # The total of an image against the side on which it is: shifts leave the one as it is.
     data = data_of(n=60, weighted=False)
     data.inputs[:] = 0.1 * torch.rand_like(data.inputs)

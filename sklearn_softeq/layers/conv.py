@@ -89,7 +89,13 @@ class Conv(SharedLinear, Pathway):
             inputs = inputs * root_weight[:, None, None, None]
         if self.stride == (1, 1):
             return circular_gram(inputs, self.kernel)
-        return _gram(self.patches(inputs))  # few positions: their patches are as cheap
+        # Few positions: their patches are as cheap, brought into one long matrix in one copy.
+        windows = self.pad(inputs).unfold(2, self.kernel[0], self.stride[0])
+        windows = windows.unfold(3, self.kernel[1], self.stride[1])  # (n, C, H', W', k, k)
+        rows = windows.permute(1, 4, 5, 0, 2, 3).reshape(
+            self.in_channels * math.prod(self.kernel), -1
+        )
+        return rows @ rows.T
 
     def gradient_tokens(self, grads: torch.Tensor) -> torch.Tensor:
         return self.fields(grads).transpose(1, 2)[:, :, None]  # (n, S, 1, D)

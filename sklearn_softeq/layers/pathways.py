@@ -144,21 +144,22 @@ class PathwaySum(nn.Module):
 
     def outputs(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """The scaled output of each pathway that is switched on."""
+        return {name: output * self.scale for name, output in self._unscaled(inputs).items()}
+
+    def _unscaled(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         paths = {name: path for name, path in self.pathways.items() if self.enabled[name]}
         rolled = inputs
         if self.stride != (1, 1) and any(p.group is not None for p in paths.values()):
             rolled = keep_largest_grid(inputs, self.stride)
-        outputs = {
+        return {
             name: path(inputs if path.group is None else rolled) for name, path in paths.items()
         }
-        if self.scale == 1.0:  # spares a pass over the features
-            return outputs
-        return {name: output * self.scale for name, output in outputs.items()}
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         assert any(self.enabled.values()), "a layer needs a pathway"
-        first, *others = self.outputs(inputs).values()
-        return sum(others, start=first)
+        first, *others = self._unscaled(inputs).values()
+        total = sum(others, start=first)
+        return total if self.scale == 1.0 else total * self.scale  # spares a pass over the features
 
 
 def keep_largest_grid(inputs: torch.Tensor, stride: Grid) -> torch.Tensor:

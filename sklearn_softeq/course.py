@@ -1,0 +1,380 @@
+"""What happens in training beside the steps of the weights, as callbacks of its net.
+
+:class:`EvidenceStep` evaluates the evidence and takes the hyper steps; :class:`Course` decides
+about learning rate, release of pathways and the end.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from skorch.callbacks import Callback
+
+from .batches import TrainingData
+from .budget import CurvaturePlan, rows_of_a_pass
+from .curvature import input_factors, kronecker_factors
+from .hyperparameters import squared_norms
+from .kronecker import Factor, spectra
+from .marginal_likelihood import Evidence, LaplaceEvidence, LengthscaleSolver, Solver
+from .schedules import JointStart, LearningRate, Plateau, Start, fix_gauge, restart_jointly
+from .states import State, WeightMean, restore, state_of
+from .training import SoftEquivariantNet
+
+__all__ = ["Course", "EvidenceStep", "ProgressLine"]
+
+#: Share of the entropy of the targets that symmetric pathways must have explained by the end of
+#: the burn-in, on the training data. Strictly invariant networks that could only memorise explained
+#: up to 13 %; where it is the four turns of ten digits that they cannot see, they can reach 60 %.
+LEARNT = 0.2
+
+
+class EvidenceStep(Callback):
+    """Every few epochs after the burn-in: curvature, evidence, and steps of the precisions.
+
+    Parameters
+    ----------
+    solver : FixedPointSolver or AdamSolver
+    steps : int
+        Hyper steps at each evaluation; 0 evaluates only.
+    burn_in, every : int
+        Epochs before the first evaluation, and between evaluations.
+    plan : callable
+        From a network and a number of rows to a CurvaturePlan: how the curvature is estimated
+        during training. The rows of a subset and random columns are drawn anew for each evidence,
+        so that their errors average out over the hyper steps; the rows by the trace of their
+        output Hessian in the last epoch. The last evidence sees all rows.
+    seed : int
+        Of rows and random columns: a generator of its own, so that learning the prior does not
+        change the order of the batches.
+    lengthscales : LengthscaleSolver, optional
+        How the lengthscales of interpolations ascend; default: they stay.
+    """
+
+    def __init__(
+        self,
+        solver: Solver,
+        steps: int,
+        burn_in: int,
+        every: int,
+        plan: Callable[[torch.nn.Module, int], CurvaturePlan],
+        seed: int,
+        lengthscales: LengthscaleSolver | None = None,
+    ):
+        self.solver = solver
+        self.steps = steps
+        self.burn_in = burn_in
+        self.every = every
+        self.plan = plan
+        self.seed = seed
+        self.lengthscales = lengthscales
+        self._slopes: dict[str, float] = {}
+        self._forget_data()
+
+    def _forget_data(self) -> None:
+        self._traces: torch.Tensor | None = None  # of the rows' output Hessians, for a subset
+        self._constants: dict[str, Factor] | None = None
+        self._known: dict[int, torch.Tensor] = {}
+
+    def on_train_begin(self, net, **kwargs):
+        self._forget_data()
+        self.chosen = self.plan(net.module_, len(net.data_))
+        if self.steps and self.chosen.n_rows < len(net.data_):
+            self._traces = torch.zeros_like(net.data_.weights)
+
+    def due(self, epoch: int) -> bool:
+        """Whether the evidence is evaluated after this epoch."""
+        return epoch >= self.burn_in and (epoch - self.burn_in) % self.every == 0
+
+    def forget(self) -> None:
+        """Drop the slopes: the weights that they belong to are gone."""
+        self._slopes = {}
+
+    def evaluate(self, net: SoftEquivariantNet) -> LaplaceEvidence:
+        """The evidence at the present weights as a function of the precisions."""
+        generator = torch.Generator().manual_seed(self.seed + len(net.history))
+        data, total = net.data_, net.data_.n_observations
+        if self._traces is not None:
+            traces = self._traces.clone()
+            net.processes_.add(traces)
+            data, total = data.sample(self.chosen.n_rows, traces, generator), None
+        return self._evaluate(net, data, total, generator)
+
+    def finish(self, net: SoftEquivariantNet, last: LaplaceEvidence | None) -> LaplaceEvidence:
+        """The evidence of all data at the end, which ``last`` is if it has seen them all."""
+        if self._traces is not None or last is None:
+            generator = torch.Generator().manual_seed(self.seed + len(net.history))
+            last = self._evaluate(net, net.data_, net.data_.n_observations, generator)
+        self._forget_data()
+        return last
+
+    def _evaluate(
+        self,
+        net: SoftEquivariantNet,
+        data: TrainingData,
+        total: float | None,
+        generator: torch.Generator,
+    ) -> LaplaceEvidence:
+        curvature = kronecker_factors(
+            net.module_,
+            net.criterion_,
+            data.in_order(rows_of_a_pass(net.module_)),
+            estimator=self.chosen.estimator,
+            total_weight=total,
+            unit_weights=data.unit_weights,
+            generator=generator,
+            # While the rate falls lengthscales stay: see on_epoch_end.
+            lengthscales=self.lengthscales is not None and not net.course.rate.cooling,
+            constants=self._input_factors(net),
+            **_shared(net),
+        )
+        try:
+            eigenvalues = spectra(curvature.factors, self._known)
+        except ValueError as error:
+            raise ValueError(net.not_finite("The curvature became infinite or NaN")) from error
+        # An identity means nothing once its factor is gone.
+        kept = {id(factor) for factor in self._input_factors(net).values()}
+        self._known = {key: values for key, values in self._known.items() if key in kept}
+        return LaplaceEvidence(
+            curvature.log_likelihood,
+            eigenvalues,
+            squared_norms(net.enabled_tensors()),
+            net.prior_.index,
+            net.course.start.charges(net.module_),
+            curvature.slopes,
+        )
+
+    def _input_factors(self, net: SoftEquivariantNet) -> dict[str, Factor]:
+        """Those that hang on no weight, of all rows, computed once."""
+        if self._constants is None:
+            self._constants = input_factors(
+                net.module_,
+                net.data_.in_order(rows_of_a_pass(net.module_)),
+                kfac=self.chosen.estimator.kfac,
+                unit_weights=net.data_.unit_weights,
+                **_shared(net),
+            )
+        return self._constants
+
+    def ascend(self, net: SoftEquivariantNet, objective: LaplaceEvidence) -> Evidence:
+        """Take the hyper steps; the evidence at their end."""
+        log_precision = net.prior_.log_precision.cpu()
+        for _ in range(self.steps):
+            log_precision = self.solver.step(objective, log_precision)
+        # Other processors may round otherwise: all go on from the same numbers.
+        log_precision, evidence = net.processes_.agreed(
+            (log_precision, objective.evidence(log_precision))
+        )
+        net.prior_.log_precision.copy_(log_precision)
+        return evidence
+
+    def on_batch_end(self, net, batch=None, y_pred=None, **kwargs):
+        """Note how undecided the network was about each row."""
+        if self._traces is not None:
+            self._traces[batch[1][2]] = net.criterion_.hessian_trace(y_pred.detach())
+
+    def on_epoch_begin(self, net, **kwargs):
+        """Take a step of the lengthscales, if there are slopes to follow.
+
+        Not at once when they are found: the state that was evaluated may be one to return to.
+        """
+        if self._traces is not None and net.processes_.size > 1:
+            self._traces.zero_()  # others may see to these rows from here on
+        if self.lengthscales is None or not self._slopes:
+            return
+        interpolations = net.module_.interpolations
+        present = {name: i.log_omega.item() for name, i in interpolations.items()}
+        for name, value in self.lengthscales.step(present, self._slopes).items():
+            interpolations[name].set_log_omega(value)
+        self._slopes = {}
+
+    def on_epoch_end(self, net, **kwargs):
+        if not self.steps or not self.due(len(net.history)):
+            return
+        objective = self.evaluate(net)
+        evidence = self.ascend(net, objective)
+        for term, value in evidence._asdict().items():
+            net.history.record(term, value)
+        net.history.record("log_marginal_likelihood", evidence.value)
+        net.history.record("n_observations", net.data_.n_observations)
+        net.history.record("curvature", self.chosen.estimator.columns)
+        net.history.record("curvature_rows", min(self.chosen.n_rows, len(net.data_)))
+        net.effective_dimensions_ = net.processes_.agreed(
+            objective.effective_dimensions(net.prior_.log_precision.cpu())
+        )
+        if not net.course.rate.cooling:  # weights that are averaged share one gauge and one Ψ
+            self._slopes = net.processes_.agreed(
+                objective.lengthscale_gradient(net.prior_.log_precision.cpu())
+            )
+            fix_gauge(net.module_, net.prior_)
+        net.update_decay()
+
+
+def _shared(net: SoftEquivariantNet) -> dict[str, Any]:
+    """What this process sees of each batch, and how it adds what it finds to the others'."""
+    processes = net.processes_
+    return {
+        "own": slice(processes.rank, None, processes.size),
+        "reduction": processes.add if processes.size > 1 else None,
+    }
+
+
+class Course(Callback):
+    """The course of a fit: learning rate, release and removal of pathways, and the end.
+
+    The figure that must rise is the log evidence per observation, or, when no evidence is
+    computed, the log joint per observation.
+
+    Parameters
+    ----------
+    evidence : EvidenceStep
+        Says when there is something to decide.
+    start : JointStart or SymmetricStart
+        What happens to the pathways.
+    rate : LearningRate
+        Of each epoch.
+    plateau : Plateau
+        When the figure has stopped rising.
+    keep_best : bool
+        Return to the state of the best figure if the last one is worse.
+    holding : bool, default=True
+        Whether the start is still to come: pathways are held back until the burn-in is over.
+    endless : bool, default=False
+        Training in single epochs by partial_fit: nothing is concluded from a plateau, averaged
+        or restored.
+
+    Attributes
+    ----------
+    holding : bool
+        As above, now.
+    converged : bool
+        Whether the figure has stopped rising.
+    capped : bool
+        Whether the cap of epochs came first.
+    """
+
+    def __init__(
+        self,
+        evidence: EvidenceStep,
+        start: Start,
+        rate: LearningRate,
+        plateau: Plateau,
+        keep_best: bool,
+        holding: bool = True,
+        endless: bool = False,
+    ):
+        self.evidence = evidence
+        self.start = start
+        self.rate = rate
+        self.plateau = plateau
+        self.keep_best = keep_best
+        self.holding = holding
+        self.endless = endless
+        self.converged = False
+        self.capped = False
+        self.mean = WeightMean()
+        self.best: tuple[float, State] | None = None
+
+    def on_train_begin(self, net, **kwargs):
+        if self.holding and not net.history:
+            self.start.begin(net.module_)
+
+    def on_epoch_begin(self, net, **kwargs):
+        if self.rate.schedule == "constant":
+            return  # left to the user's own callbacks
+        for group in net.optimizer_.param_groups:
+            group["lr"] = self.rate.at(len(net.history))
+
+    def on_epoch_end(self, net, **kwargs):
+        epoch = len(net.history)
+        if self.rate.cooling:
+            self.mean.add(net.module_)
+        if self.evidence.due(epoch):
+            self._decide(net, epoch)
+        if self._may_end(epoch):
+            self.capped = not self.converged
+            self.rate.begin_cooldown(epoch)
+        if self.rate.finished(epoch):
+            net.stop_ = True
+
+    def _may_end(self, epoch: int) -> bool:
+        return (
+            not self.endless
+            and not self.rate.cooling
+            and (self.converged or epoch >= self.rate.latest_cooldown)
+        )
+
+    def _decide(self, net: SoftEquivariantNet, epoch: int) -> None:
+        if self.holding:
+            self.holding = False
+            if self._restarted(net, epoch) or self._released(net, epoch):
+                # Another model from here on: what was reached before is no measure for it.
+                self.rate.rewarm(epoch)
+                net.update_decay()
+                return
+        figure = self._figure(net)
+        if self.keep_best and not self.endless and (self.best is None or figure > self.best[0]):
+            self.best = (figure, state_of(net.module_, net.prior_))
+        self.converged = self.plateau.reached(figure) or self.converged
+        if self.evidence.steps and not self.rate.cooling:
+            # Only now: the figure is that of the network as it was. And not while the rate falls,
+            # when the others could no longer take over what a pathway still did.
+            self.start.prune(net.module_, net.effective_dimensions_)
+
+    def _released(self, net: SoftEquivariantNet, epoch: int) -> bool:
+        learn = self.evidence.steps > 0
+        return self.start.release(net.module_, net.prior_, learn, net.generator(epoch))
+
+    def _restarted(self, net: SoftEquivariantNet, epoch: int) -> bool:
+        """Go on as with the joint start if the symmetric one has led nowhere."""
+        if isinstance(self.start, JointStart) or net.explained() >= LEARNT:
+            return False
+        if not restart_jointly(net.module_, net.prior_, net.generator(epoch)):
+            return False
+        self.start = JointStart()
+        self.evidence.forget()
+        net.optimizer_.state.clear()  # moments of weights that are gone
+        return True
+
+    def _figure(self, net: SoftEquivariantNet) -> float:
+        last = net.history[-1]
+        if self.evidence.steps:
+            return last["log_marginal_likelihood"] / net.data_.n_observations
+        return -last["train_loss"]
+
+    def on_train_end(self, net, **kwargs):
+        """Take the mean weights of the cool-down, or the best state seen, and evaluate it."""
+        self.mean.load(net.enabled_tensors())
+        last = self.evidence.evaluate(net)
+        if self.endless:  # the precisions wait for the next one
+            net.laplace_ = last
+            return
+        restored = False
+        if not self.holding:
+            final = self.evidence.ascend(net, last)
+            joint = final.log_likelihood - 0.5 * final.scatter
+            figure = (final.value if self.evidence.steps else joint) / net.data_.n_observations
+            if self.best is not None and self.best[0] > figure:
+                restore(net.module_, net.prior_, self.best[1])
+                restored = True
+        self.best = None
+        net.laplace_ = self.evidence.finish(net, None if restored else last)
+
+
+class ProgressLine(Callback):
+    """Prints a line at each evaluation; to stand before :class:`Course` among the callbacks."""
+
+    def on_train_begin(self, net, **kwargs):
+        evidence = net.course.evidence
+        if evidence.steps and not net.history and net.processes_.rank == 0:
+            print(f"curvature: {evidence.chosen.describe(len(net.data_))}")
+
+    def on_epoch_end(self, net, **kwargs):
+        epoch, last = len(net.history), net.history[-1]
+        if not net.course.evidence.due(epoch) or net.processes_.rank > 0:
+            return
+        line = f"epoch {epoch}: loss {last['train_loss']:.4f}"
+        if "log_marginal_likelihood" in last:
+            evidence = last["log_marginal_likelihood"] / net.data_.n_observations
+            line += f", log evidence {evidence:.4f}"
+        on = [on for block in net.module_.layers.values() for on in block.enabled.values()]
+        print(f"{line} nats per observation, {sum(on)} of {len(on)} pathways on")
