@@ -108,8 +108,14 @@ class SharedLinear(nn.Module, ABC):
 
 def outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Σ_n Σ_s l rᵀ of each block: (n, S, B, d) → (B, d, d)."""
-    left, right = (t.permute(2, 0, 1, 3).flatten(1, 2) for t in (left, right))  # (B, n·S, d)
-    return torch.bmm(left.transpose(1, 2), right)
+    rows = _in_blocks(left)
+    return torch.bmm(rows.transpose(1, 2), rows if right is left else _in_blocks(right))
+
+
+def _in_blocks(tokens: torch.Tensor) -> torch.Tensor:
+    """(n, S, B, d) → (B, n·S, d), such that a product need not copy each block by itself."""
+    rows = tokens.permute(2, 0, 1, 3).flatten(1, 2)
+    return rows if 1 in rows.stride()[1:] else rows.contiguous()
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ class FactorV(SharedLinear):
     """y[n, d, y] = Σ_c V[y, d, c] h[n, d, c] + b[y]; blocks are output channels."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        channels = hidden.permute(2, 1, 0)  # (D, n, C)
+        # Brought into order at once: a product of matrices with odd strides copies one by one.
+        channels = hidden.permute(2, 1, 0).contiguous()  # (D, n, C)
         return torch.baddbmm(self.bias, channels, self.weight.transpose(1, 2))  # (D, n, Y)
 
     def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:
