@@ -11,16 +11,17 @@ import torch
 from skorch.callbacks import Callback
 
 from .batches import TrainingData
-from .budget import CurvaturePlan, rows_of_a_pass
-from .curvature import input_factors, kronecker_factors
+from .budget import EXACT_COLUMNS, CurvaturePlan, rows_of_a_pass
+from .curvature import Estimator, input_factors, kronecker_factors
 from .hyperparameters import squared_norms
+from .kfac import KFAC
 from .kronecker import Factor, spectra
 from .marginal_likelihood import Evidence, LaplaceEvidence, LengthscaleSolver, Solver
 from .schedules import JointStart, LearningRate, Plateau, Start, fix_gauge, restart_jointly
 from .states import State, WeightMean, restore, state_of
 from .training import SoftEquivariantNet
 
-__all__ = ["Course", "EvidenceStep", "ProgressLine"]
+__all__ = ["Course", "EvidenceStep", "Preconditioner", "ProgressLine"]
 
 #: Share of the entropy of the targets that symmetric pathways must have explained by the end of
 #: the burn-in, on the training data. Strictly invariant networks that could only memorise explained
@@ -205,7 +206,10 @@ class EvidenceStep(Callback):
             self._slopes = net.processes_.agreed(
                 objective.lengthscale_gradient(net.prior_.log_precision.cpu())
             )
-            fix_gauge(net.module_, net.prior_)
+            scales = fix_gauge(net.module_, net.prior_)
+            if isinstance(net.optimizer_, KFAC):
+                tensors = dict(net.module_.named_parameters())
+                net.optimizer_.rescale({tensors[name]: c for name, c in scales.items()})
         net.update_decay()
 
 
@@ -216,6 +220,63 @@ def _shared(net: SoftEquivariantNet) -> dict[str, Any]:
         "own": slice(processes.rank, None, processes.size),
         "reduction": processes.add if processes.size > 1 else None,
     }
+
+
+class Preconditioner(Callback):
+    """Gives K-FAC the curvature that it preconditions with.
+
+    Parameters
+    ----------
+    seed : int
+        Of rows and random columns.
+    n_columns : int
+        Of the output Hessian of a row: K − 1.
+    every : int, default=2
+        Epochs from one look at the curvature to the next. Tensors that are new to it, as after a
+        release, are looked at before their first step.
+    n_rows : int, default=256
+        Rows that it looks at, all alike, with one random column of each. Data of no more rows and
+        few classes are looked at exactly.
+    """
+
+    def __init__(self, seed: int, n_columns: int, every: int = 2, n_rows: int = 256):
+        self.seed = seed
+        self.n_columns = n_columns
+        self.every = every
+        self.n_rows = n_rows
+
+    def on_epoch_begin(self, net, **kwargs):
+        tensors, optimizer = net.enabled_tensors(), net.optimizer_
+        known = all(optimizer.knows(tensor) for tensor in tensors.values())
+        if not known or (len(net.history) - 1) % self.every == 0:
+            self._observe(net, tensors)
+        precisions, total = net.prior_.precisions(), net.data_.n_observations
+        # Anew in each epoch: precisions move.
+        optimizer.precondition({w: precisions[name] / total for name, w in tensors.items()})
+
+    def _observe(self, net: SoftEquivariantNet, tensors: dict[str, torch.Tensor]) -> None:
+        generator = torch.Generator().manual_seed(self.seed + len(net.history))
+        data, total = net.data_, net.data_.n_observations
+        estimator = Estimator("rademacher")
+        if self.n_rows < len(data):
+            data = data.sample(self.n_rows, torch.ones_like(data.weights), generator)
+        elif len(data) * self.n_columns <= EXACT_COLUMNS:
+            estimator = Estimator()
+        curvature = kronecker_factors(
+            net.module_,
+            net.criterion_,
+            data.in_order(rows_of_a_pass(net.module_)),
+            estimator=estimator,
+            total_weight=total,
+            unit_weights=data.unit_weights,
+            generator=generator,
+            **_shared(net),
+        )
+        for name, tensor in tensors.items():
+            net.optimizer_.observe(tensor, curvature.factors[name], total)
+
+    def on_train_end(self, net, **kwargs):
+        net.optimizer_.forget()
 
 
 class Course(Callback):

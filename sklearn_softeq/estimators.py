@@ -19,7 +19,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .batches import AUGMENTATIONS, Batches, TrainingData
 from .budget import plan_curvature, rows_of_a_pass
-from .course import Course, EvidenceStep, ProgressLine
+from .course import Course, EvidenceStep, Preconditioner, ProgressLine
 from .curvature import COLUMNS, KFAC_FORMS
 from .groups import GROUPS
 from .layers import PATHWAYS
@@ -145,14 +145,16 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         Return to the state of the best figure seen if the last one is worse.
     batch_size : int, default=128
         Rows of one step, and of one pass in prediction.
-    lr : float, default=0.01
-        Learning rate of the weights.
+    lr : float, default=None
+        Learning rate of the weights. None: 0.01 for "adam" and "sgd", 0.1 for "kfac".
     lr_schedule : {"cooldown", "cosine", "constant"}, default="cooldown"
         "cooldown": warm-up, full rate until convergence, then a cosine to zero over a third of
         the epochs so far, whose weights are averaged. "cosine": to zero over ``max_epochs`` (the
         paper). "constant".
-    optimizer : {"adam", "sgd"}, default="adam"
-        Of the weights. "sgd" has momentum 0.9 (the paper).
+    optimizer : {"adam", "kfac", "sgd"}, default="adam"
+        Of the weights. "kfac" preconditions the gradient with Kronecker factors of the curvature,
+        from 256 rows every other epoch: on small images it needed fewer epochs of Adam's, each a
+        third longer, for a better evidence. "sgd" has momentum 0.9 (the paper).
     augment : {"crop_flip"} or callable, default=None
         What is done to the images of a batch before each step of the weights; the evidence is
         that of the images as they are. "crop_flip": random crops of images with a margin of an
@@ -288,7 +290,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
         "keep_best": ["boolean"],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
-        "lr": [Interval(Real, 0, None, closed="neither")],
+        "lr": [Interval(Real, 0, None, closed="neither"), None],
         "lr_schedule": [StrOptions(set(LR_SCHEDULES))],
         "optimizer": [StrOptions(set(OPTIMIZERS))],
         "augment": [StrOptions(set(AUGMENTATIONS)), callable, None],
@@ -330,7 +332,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         n_iter_no_change=5,
         keep_best=True,
         batch_size=128,
-        lr=0.01,
+        lr=None,
         lr_schedule="cooldown",
         optimizer="adam",
         augment=None,
@@ -576,13 +578,13 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         processes = joined(self.device_)
         seeds = check_random_state(self.random_state).randint(2**31 - 1, size=4).tolist()
         seeds = processes.agreed(seeds)  # random_state=None is another one in each process
-        optimizer, settings = OPTIMIZERS[self.optimizer]
+        optimizer = OPTIMIZERS[self.optimizer]
         pathways = check_names(self.pathways, PATHWAYS, "pathways")
         net = SoftEquivariantNet(
             build_network,
             criterion=Categorical,
-            optimizer=optimizer,
-            lr=self.lr,
+            optimizer=optimizer.build,
+            lr=self._rate,
             max_epochs=1 if endless else self.max_epochs,
             batch_size=self.batch_size,
             iterator_train=Batches,
@@ -605,7 +607,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             module__scale=STARTS[self.start].scale,
             module__anchor_fraction=self.anchor_fraction,
             module__dtype=data.inputs.dtype,
-            **{f"optimizer__{name}": value for name, value in settings.items()},
+            **{f"optimizer__{name}": value for name, value in optimizer.settings.items()},
         )
         net.initialize()
         if previous is not None:
@@ -618,15 +620,22 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         course = Course(
             evidence,
             STARTS[self.start](),
-            LearningRate("constant" if endless else self.lr_schedule, self.lr, self.max_epochs),
+            LearningRate("constant" if endless else self.lr_schedule, self._rate, self.max_epochs),
             Plateau(max(self.tol, 1.0 / data.n_observations), self.n_iter_no_change),
             self.keep_best,
             holding=previous is None or previous.course.holding,
             endless=endless,
         )
         output = [("progress", ProgressLine())] if self.verbose else []
+        if self.optimizer == "kfac":
+            output.insert(0, ("preconditioner", Preconditioner(seed, len(self.classes_) - 1)))
         users = copy.deepcopy(list(self.callbacks or ()))
         return [("evidence", evidence), *output, ("course", course), *users]
+
+    @property
+    def _rate(self) -> float:
+        """The rate at the beginning of training."""
+        return OPTIMIZERS[self.optimizer].lr if self.lr is None else self.lr
 
     def _evidence_step(self, seed: int) -> EvidenceStep:
         solver = HYPER_SOLVERS[self.hyper_solver]

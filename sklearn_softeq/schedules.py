@@ -293,13 +293,19 @@ def restart_jointly(
 
 
 @torch.no_grad()
-def fix_gauge(network: SoftEquivariantNetwork, prior: LayerwisePrior) -> None:
+def fix_gauge(network: SoftEquivariantNetwork, prior: LayerwisePrior) -> dict[str, float]:
     """Bound the drift of the scale between the factors U, V of products.
 
     U → aU, δ_U → δ_U / a², V → V / a, δ_V → a² δ_V leaves the network, its effective dimensions
     and its evidence as they are, but hyper steps make log δ_U − log δ_V drift without end. It is
     held within :data:`GAUGE_LIMIT` of its value at a random start, the log ratio of fan-ins.
+
+    Returns
+    -------
+    dict of str to float
+        What each tensor that has moved was multiplied by.
     """
+    scales: dict[str, float] = {}
     precisions = prior.precisions()
     for prefix, _, _, pathway in _pathways(network):
         if len(pathway.factor_names) < 2:
@@ -317,3 +323,6 @@ def fix_gauge(network: SoftEquivariantNetwork, prior: LayerwisePrior) -> None:
         for name, scale in ((u, a), (u.replace("weight", "bias"), a), (v, 1 / a)):
             pathway.get_parameter(name).mul_(scale)
             prior.set_precision(f"{prefix}.{name}", precisions[f"{prefix}.{name}"] / scale**2)
+            if scale != 1.0:
+                scales[f"{prefix}.{name}"] = scale
+    return scales

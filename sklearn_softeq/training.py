@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,27 +16,47 @@ from skorch import NeuralNet
 
 from .budget import rows_of_a_pass
 from .hyperparameters import LayerwisePrior
+from .kfac import KFAC
 from .layers import PathwaySum
 from .processes import ALONE, joined
 from .states import restore, state_of
 
-__all__ = ["AMP_DTYPES", "OPTIMIZERS", "OWN_CALLBACKS", "SoftEquivariantNet"]
+__all__ = ["AMP_DTYPES", "OPTIMIZERS", "OWN_CALLBACKS", "OptimizerKind", "SoftEquivariantNet"]
 
-#: Name → (class, its settings). Momentum is the paper's. Adam's fused kernel replaces a dozen
-#: passes; SGD's cannot take tensors that get their first gradient later, at a release. Adam's
-#: usual memory of squared gradients, .999, is longer than a fit of ten steps an epoch: where the
-#: precisions had moved it scaled steps by what no longer held, and well trained networks broke
-#: down for some epochs, some for good (docs/benchmarks.md).
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "adam": (torch.optim.Adam, {"fused": True, "betas": (0.9, 0.99)}),
-    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+
+class OptimizerKind(NamedTuple):
+    """One of the optimizers of the weights.
+
+    Parameters
+    ----------
+    build : class
+    lr : float
+        Rate at the beginning of training, if the user names none.
+    settings : dict
+        What else it is given.
+    """
+
+    build: type[torch.optim.Optimizer]
+    lr: float
+    settings: dict[str, Any]
+
+
+#: Adam's fused kernel replaces a dozen passes; SGD's cannot take tensors that get their first
+#: gradient later, at a release. Adam's usual memory of squared gradients, .999, is longer than a
+#: fit of ten steps an epoch: where the precisions had moved it scaled steps by what no longer held,
+#: and well trained networks broke down for some epochs, some for good (docs/benchmarks.md).
+#: Momentum is the paper's.
+OPTIMIZERS = {
+    "adam": OptimizerKind(torch.optim.Adam, 0.01, {"fused": True, "betas": (0.9, 0.99)}),
+    "kfac": OptimizerKind(KFAC, 0.1, {}),
+    "sgd": OptimizerKind(torch.optim.SGD, 0.01, {"momentum": 0.9}),
 }
 
 #: Name → type of the activations of MAP steps; curvature and predictions stay as they are.
 AMP_DTYPES = {"bf16": torch.bfloat16}
 
 #: Names of the callbacks that training consists of; all others are the user's.
-OWN_CALLBACKS = ("evidence", "course")
+OWN_CALLBACKS = ("evidence", "preconditioner", "course")
 
 
 class _StopTraining(Exception):

@@ -47,6 +47,7 @@ ORDER = (
     "states",
     "batches",
     "schedules",
+    "kfac",
     "training",
     "course",
     # surface

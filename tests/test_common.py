@@ -57,6 +57,7 @@ def test_check_estimator_pathways(options):
     [
         {"start": "joint"},
         {"learn_prior": False},
+        {"optimizer": "kfac"},
         {"architecture": "resnet", "width": 4},
         {
             "pathways": ("conv", "sparse_conv", "sparse_fc"),

@@ -62,6 +62,22 @@ def fitted(digits):
     return SoftEquivariantClassifier(**FAST).fit(*digits)
 
 
+def test_each_optimizer_has_its_rate(digits):
+    for optimizer, rate in (("adam", 0.01), ("sgd", 0.01), ("kfac", 0.1)):
+        clf = SoftEquivariantClassifier(optimizer=optimizer, max_epochs=1).fit(*digits)
+        assert clf.net_.lr == rate
+        assert clf.set_params(lr=0.5).fit(*digits).net_.lr == 0.5
+
+
+def test_kfac_learns_and_repeats(digits):
+    settings = {**FAST, "lr": None, "optimizer": "kfac"}
+    first, again = (SoftEquivariantClassifier(**settings).fit(*digits) for _ in range(2))
+    assert first.score(*digits) > 0.97
+    np.testing.assert_array_equal(first.predict_proba(digits[0]), again.predict_proba(digits[0]))
+    first.partial_fit(*digits)  # a net that begins anew, from these weights
+    assert first.score(*digits) > 0.97
+
+
 # what a fit reveals
 
 

@@ -17,8 +17,8 @@ from sklearn_softeq import course
 from sklearn_softeq.anchors import Interpolation
 from sklearn_softeq.batches import Batches, TrainingData
 from sklearn_softeq.budget import CurvaturePlan
-from sklearn_softeq.course import Course, EvidenceStep, ProgressLine
-from sklearn_softeq.curvature import Estimator
+from sklearn_softeq.course import Course, EvidenceStep, Preconditioner, ProgressLine
+from sklearn_softeq.curvature import Estimator, kronecker_factors
 from sklearn_softeq.layers import FC
 from sklearn_softeq.likelihoods import Categorical
 from sklearn_softeq.marginal_likelihood import (
@@ -112,11 +112,11 @@ def net_of(
             "module__dtype": torch.float64,
             **params,
         }
-    optimizer, settings = OPTIMIZERS[optimizer]
+    kind = OPTIMIZERS[optimizer]
     net = SoftEquivariantNet(
         module,
         criterion=Categorical,
-        optimizer=optimizer,
+        optimizer=kind.build,
         lr=lr,
         max_epochs=1 if endless else max_epochs,
         batch_size=batch_size,
@@ -129,7 +129,7 @@ def net_of(
         prior_precision=precision,
         seed=seed,
         **params,
-        **{f"optimizer__{name}": value for name, value in settings.items()},
+        **{f"optimizer__{name}": value for name, value in kind.settings.items()},
     )
     return net.initialize()
 
@@ -546,6 +546,96 @@ def test_no_row_is_looked_at_when_all_are_seen(monkeypatch):
     monkeypatch.setattr(Categorical, "hessian_trace", None)
     net_of(burn_in=1, every=1, max_epochs=3).partial_fit(data_of())
     net_of(burn_in=1, every=1, max_epochs=3, subset=5, steps=0).partial_fit(data_of())
+
+
+# ── curvature for K-FAC
+
+
+class Looks(Callback):
+    """What K-FAC has been shown, by epoch."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def on_batch_begin(self, net, **kwargs):
+        known = {name for name, w in net.enabled_tensors().items() if net.optimizer_.knows(w)}
+        weights = [net.optimizer_.state[w]["weight"] for w in net.enabled_tensors().values()]
+        self.epochs.append((len(net.history), known, weights))
+
+
+def kfac_net(every=2, n_rows=256, **params):
+    looks = Looks()
+    preconditioner = Preconditioner(seed=7, n_columns=K - 1, every=every, n_rows=n_rows)
+    callbacks = [("preconditioner", preconditioner), ("looks", looks)]
+    return net_of(optimizer="kfac", lr=0.1, callbacks=callbacks, **params), looks
+
+
+def test_curvature_is_looked_at_every_other_epoch():
+    net, looks = kfac_net(burn_in=100, max_epochs=5, every=2)
+    net.partial_fit(data_of())
+    first, second = ((1 + 0.8), (1 + 0.8 + 0.64))
+    expected = [1.0, 1.0, first, first, second]
+    for (epoch, known, weights), weight in zip(looks.epochs, expected, strict=True):
+        assert known == set(net.enabled_tensors()), epoch
+        assert weights == pytest.approx([weight] * len(weights))
+
+
+def test_pathways_that_are_released_are_looked_at_before_their_first_step():
+    net, looks = kfac_net(start="symmetric", burn_in=2, every=3, max_epochs=4)
+    net.partial_fit(data_of())
+    sizes = [len(known) for _, known, _ in looks.epochs]
+    assert sizes[0] == sizes[1] < sizes[2] == len(net.enabled_tensors())
+
+
+def test_kfac_sees_the_curvature_of_the_rows_that_it_looks_at():
+    data = data_of(20, weighted=False)
+    net, _ = kfac_net(burn_in=100, max_epochs=1)
+    seen = {}
+    observe = net.optimizer_.observe
+
+    def spy(tensor, found, n):
+        seen[id(tensor)] = found.to_dense()
+        observe(tensor, found, n)
+
+    net.optimizer_.observe = spy
+    batch = (data.inputs, data.targets, data.weights)
+    expected = kronecker_factors(net.module_, Categorical(), [batch]).factors
+    net.partial_fit(data)
+    for name, tensor in net.module_.named_parameters():
+        torch.testing.assert_close(seen[id(tensor)], expected[name].to_dense())
+
+
+def test_kfac_looks_at_so_many_rows_of_more(monkeypatch):
+    sizes = []
+    drawn = TrainingData.sample
+
+    def sample(self, size, traces, generator):
+        sizes.append((size, traces.unique().tolist()))
+        return drawn(self, size, traces, generator)
+
+    monkeypatch.setattr(TrainingData, "sample", sample)
+    net, _ = kfac_net(burn_in=100, max_epochs=3, n_rows=8)
+    net.partial_fit(data_of(20))
+    assert sizes == [(8, [1.0])] * 2
+
+
+def test_kfac_follows_the_gauge(monkeypatch):
+    scales = {"blocks.0.factored_fc.U.weight": 2.0, "blocks.0.factored_fc.V.weight": 0.5}
+    found = []
+    monkeypatch.setattr(course, "fix_gauge", lambda network, prior: scales)
+    net, _ = kfac_net(burn_in=1, every=1, max_epochs=1, schedule="constant")
+    monkeypatch.setattr(net.optimizer_, "rescale", found.append)
+    net.partial_fit(data_of())
+    tensors = dict(net.module_.named_parameters())
+    assert [{id(w): c for w, c in each.items()} for each in found] == [
+        {id(tensors[name]): c for name, c in scales.items()}
+    ]
+
+
+def test_kfac_keeps_no_curvature():
+    net, _ = kfac_net(burn_in=1, every=1, max_epochs=2)
+    net.partial_fit(data_of())
+    assert {name for state in net.optimizer_.state.values() for name in state} == {"momentum"}
 
 
 # ── lengthscales
