@@ -127,8 +127,10 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         exact ones, it is exact.
     curvature_subset : int, default=None
         Rows that the curvature and the log likelihood of the evidences during training are
-        estimated from, drawn once for a fit, all alike whatever their weights, and scaled up.
-        None: all, or what ``curvature="auto"`` chooses. The evidence at the end sees all rows.
+        estimated from, drawn anew for each: half of a row's chance is its share of the weights,
+        half its share of the trace of the output Hessian in the last epoch, and weights make up
+        for the chances. None: all, or what ``curvature="auto"`` chooses. The evidence at the end
+        sees all rows.
     kfac : {"expand", "reduce"}, default="expand"
         What the Kronecker factors sum over the positions that share a weight: products of inputs
         and gradients, or inputs and gradients before their product. "reduce" has log determinants
