@@ -36,10 +36,14 @@ EXACT_COLUMNS = 4096
 #: larger number do not improve it (4096: by 0.1 %).
 MIN_ROWS, MAX_ROWS = 256, 4096
 
-#: Numbers that all maps of a network give out for the rows of one pass of the curvature: that much
-#: memory a pass needs, a few times over. And the fewest and the most rows of a pass: with fewer a
-#: pass takes longer than its arithmetic, and more gain nothing.
-PASS_NUMBERS, FEWEST_PASS_ROWS, MOST_PASS_ROWS = 2**22, 128, 512
+#: What a pass of the curvature may hold at a time, in numbers: so many, or about 1.4 times those of
+#: a step of training on 128 rows. And the fewest and the most rows of a pass: with fewer it takes
+#: longer than its arithmetic, and more gain nothing.
+PASS_NUMBERS, FEWEST_PASS_ROWS, MOST_PASS_ROWS = 2**24, 32, 512
+
+#: Numbers that a step and a pass hold for each one that a map of the network gives out, measured:
+#: features, gradients, and what operations take for themselves.
+STEP_NUMBERS, ROW_NUMBERS = 1.5, 2.2
 
 #: Cost of a row with no column (its forward pass, and the products of its inputs), of each
 #: column, of the derivatives in lengthscales in multiples of that, and of the cube of the size
@@ -122,8 +126,14 @@ def plan_curvature(
 def rows_of_a_pass(network: nn.Module) -> int:
     """How many rows a network sees at a time when its curvature is computed."""
     maps = [m for m in network.modules() if isinstance(m, SharedLinear)]
-    numbers = sum(m.n_positions * m.weight.shape[0] * m.weight.shape[1] for m in maps)
-    return min(max(PASS_NUMBERS // max(numbers, 1), FEWEST_PASS_ROWS), MOST_PASS_ROWS)
+    given = factors = 0
+    for m in maps:
+        n_blocks, n_out, n_in = m.weight.shape
+        given += m.n_positions * n_blocks * n_out
+        factors += n_blocks * (n_in**2 + n_out**2)
+    room = max(PASS_NUMBERS, 1.4 * STEP_NUMBERS * 128 * given) - factors
+    rows = int(room / (ROW_NUMBERS * max(given, 1)))
+    return min(max(rows, FEWEST_PASS_ROWS), MOST_PASS_ROWS)
 
 
 class _Cost:

@@ -18,14 +18,14 @@ Gradients of weights are never formed; hooks live inside one call and hang on no
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
 
 from .devices import full_precision
 from .kronecker import Factor, Kronecker, Root
-from .layers import SharedLinear, outer
+from .layers import SharedLinear, in_blocks, outer
 
 __all__ = [
     "COLUMNS",
@@ -187,29 +187,25 @@ def kronecker_factors(
     """
     constants = constants or {}
     sums: dict[str, _FactorSums] = {}
+
+    def new(name: str, layer: SharedLinear, like: torch.Tensor) -> _FactorSums:
+        return _FactorSums(layer, like, estimator.kfac, lengthscales, constants.get(name))
+
     seen: list[torch.Tensor] = []  # (log likelihood, weight) of each batch
     for batch in batches:
         inputs, targets, weights = (column[own] for column in batch)
-        with torch.enable_grad(), _recorded(network) as record:
-            outputs = network(inputs)
+        root_weight = None if unit_weights else weights.sqrt().to(inputs.dtype)
+        outputs, ends = _forward(network, inputs, root_weight, sums, new)
         detached = outputs.detach()
         log_prob = likelihood.log_prob(detached, targets).double()
         seen.append(torch.stack([torch.dot(weights.double(), log_prob), weights.double().sum()]))
-        root_weight = None if unit_weights else weights.sqrt().to(inputs.dtype)
-        for name, met in record.items():
-            if name not in sums:
-                sums[name] = _FactorSums(met, estimator.kfac, lengthscales, constants.get(name))
-            sums[name].add_input(met.inputs, root_weight, len(targets))
-        if lengthscales:
-            score = _score(likelihood, detached, targets, weights)
-            moving = {name: r for name, r in record.items() if r.layer.interpolation is not None}
-            for name, grad in _gradients(outputs, moving, score, keep=True):
-                sums[name].add_score(record[name].inputs, grad)
+        if moving := {name: end for name, end in ends.items() if sums[name].moving}:
+            score, down_to = _score(likelihood, detached, targets, weights), list(moving.values())
+            visit = {name: sums[name].add_score for name in moving}
+            _pull_back(outputs, moving, score, down_to, True, visit)
         columns = estimator.draw(likelihood, detached, generator, len(batch[0]), own)
-        for i, column in enumerate(columns, 1):  # (n, K)
-            weighted = column if root_weight is None else column * root_weight[:, None]
-            for name, grad in _gradients(outputs, record, weighted, keep=i < len(columns)):
-                sums[name].add_gradient(grad)
+        _add_columns(outputs, ends, columns, root_weight, sums)
+        del outputs, ends, moving  # or they stay until the next ones are there
     assert seen, "no batches"
     return _finished(sums, torch.stack(seen).sum(0), total_weight, reduction)
 
@@ -238,24 +234,15 @@ def input_factors(
     sums: dict[str, _FactorSums] = {}
     weight: torch.Tensor | float = 0.0
     for inputs, _, weights in ((column[own] for column in batch) for batch in batches):
-        if sums:
-            seen = _inputs_of(network, list(sums), inputs)
-        else:
-            with torch.enable_grad(), _recorded(network) as record:
-                network(inputs)
-            record = {
-                name: met
-                for name, met in record.items()
-                if met.constant and met.layer.interpolation is None
-            }
-            sums = {name: _FactorSums(met, kfac, False, None) for name, met in record.items()}
-            seen = {name: met.inputs for name, met in record.items()}
-            if not sums:
-                return {}
+        names = list(sums) if sums else _seeing(network, inputs)
+        if not names:
+            return {}
         root_weight = None if unit_weights else weights.sqrt().to(inputs.dtype)
         weight = weight + weights.double().sum()
-        for name, of_map in seen.items():
-            sums[name].add_input(of_map, root_weight, len(inputs))
+        for name, given in _inputs_of(network, names, inputs).items():
+            if name not in sums:
+                sums[name] = _FactorSums(_map(network, name), given, kfac, False, None)
+            sums[name].add_input(given, root_weight, len(inputs))
     assert isinstance(weight, torch.Tensor), "no batches"
     if reduction is not None:
         _reduce([weight, *(s.left.matrix for s in sums.values())], reduction)
@@ -301,15 +288,6 @@ def _score(
         return torch.autograd.grad(log_likelihood, outputs)[0]
 
 
-class _Met(NamedTuple):
-    """A map that was met during a forward pass."""
-
-    layer: SharedLinear
-    inputs: torch.Tensor
-    outputs: torch.Tensor
-    constant: bool  # whether its input depends on no weight
-
-
 class _Moments:
     """Σ t tᵀ of each block over tokens t, by its root while that has fewer rows than columns.
 
@@ -336,21 +314,21 @@ class _Moments:
 
     def add(self, tokens: torch.Tensor) -> None:
         """Count in tokens (n, S, B, d)."""
-        n_rows = tokens.shape[0] * tokens.shape[1]
-        if self.keeps(n_rows):
-            self.rows.append(tokens.permute(2, 0, 1, 3).flatten(1, 2))
-            self.n_rows += n_rows
+        rows = in_blocks(tokens)  # (B, n·S, d)
+        if self.keeps(rows.shape[1]):
+            self.rows.append(rows)
+            self.n_rows += rows.shape[1]
         else:
-            self.matrix.add_(outer(tokens, tokens))
+            self.matrix.baddbmm_(rows.transpose(1, 2), rows)
 
     @property
     def matrix(self) -> torch.Tensor:
         """The sum as a matrix, (B, d, d), from now on."""
         if self._matrix is None:
             self._matrix = self.like.new_zeros(self.n_blocks, self.size, self.size)
-            for rows in self.rows:
-                self._matrix += rows.transpose(1, 2) @ rows
-            self.rows = []
+            while self.rows:
+                rows = self.rows.pop()
+                self._matrix.baddbmm_(rows.transpose(1, 2), rows)
         return self._matrix
 
     def finish(self, scale: float) -> Factor:
@@ -363,9 +341,16 @@ class _Moments:
 class _FactorSums:
     """Running sums of the factors of one map."""
 
-    def __init__(self, met: _Met, kfac: str, lengthscales: bool, known: Factor | None):
-        n_blocks, n_out, n_in = met.layer.weight.shape
-        layer, like = met.layer, met.inputs
+    def __init__(
+        self,
+        layer: SharedLinear,
+        like: torch.Tensor,
+        kfac: str,
+        lengthscales: bool,
+        known: Factor | None,
+    ):
+        n_blocks, n_out, n_in = layer.weight.shape
+        like = like.new_empty(0)  # of its kind; itself it would stay in memory
         self.layer, self.kfac, self.known = layer, kfac, known
         self.moving = lengthscales and layer.interpolation is not None
         self.left = _Moments(n_blocks, n_in, like, not self.moving)
@@ -373,6 +358,7 @@ class _FactorSums:
         self.bias = _Moments(1, n_out, like, True)
         self.left_tangent: torch.Tensor | None = None
         self.right_tangent: torch.Tensor | None = None
+        self.inputs = like  # of the batch at hand, where ω asks for them
         self.slope = like.new_zeros((), dtype=torch.float64)
         self.shared = layer.n_positions > 1 or n_blocks > 1
 
@@ -383,11 +369,17 @@ class _FactorSums:
         if self.known is not None:
             return
         # Eq. A
-        if self.kfac == "reduce" or self.left.keeps(n_rows * self.layer.n_positions):
+        gram = None
+        if self.kfac != "reduce" and not self.left.keeps(n_rows * self.layer.n_positions):
+            gram = self.layer.input_gram(inputs, root_weight)
+        if gram is None:
             self.left.add(_weighted(self._merged(self.layer.input_tokens(inputs)), root_weight))
         else:
-            self.left.matrix.add_(self.layer.input_gram(inputs, root_weight))
-        change = self.layer.input_tangent(inputs) if self.moving else None
+            self.left.matrix.add_(gram)
+        if not self.moving:
+            return
+        self.inputs = inputs
+        change = self.layer.input_tangent(inputs)
         if change is not None:
             change, tokens = (
                 _weighted(self._merged(t), root_weight)
@@ -406,10 +398,13 @@ class _FactorSums:
         if self.shared and layer.bias is not None:
             self.bias.add(tokens.sum((1, 2), keepdim=True))  # Eq. H of the bias
         # Eq. Γ
-        if self.kfac == "reduce" or self.right.keeps(len(tokens) * n_positions):
+        gram = None
+        if self.kfac != "reduce" and not self.right.keeps(len(tokens) * n_positions):
+            gram = layer.gradient_gram(grad)
+        if gram is None:
             self.right.add(self._summed(tokens))
         else:
-            self.right.matrix.add_(layer.gradient_gram(grad), alpha=1 / n_positions)
+            self.right.matrix.add_(gram, alpha=1 / n_positions)
         change = layer.gradient_tangent(grad) if self.moving else None
         if change is not None:
             tangent = outer(self._summed(change), self._summed(tokens))
@@ -419,12 +414,13 @@ class _FactorSums:
         """With reduce, the sum over positions; else scaled to make up for their number."""
         if self.kfac == "reduce":
             return tokens.sum(1, keepdim=True)
-        return tokens * self.layer.n_positions**-0.5
+        n_positions = self.layer.n_positions
+        return tokens if n_positions == 1 else tokens * n_positions**-0.5
 
     @torch.no_grad()
-    def add_score(self, inputs: torch.Tensor, grad: torch.Tensor) -> None:
+    def add_score(self, grad: torch.Tensor) -> None:
         """Count in g · ∂out / ∂log ω, with g the gradient for the labels of the data."""
-        layer, grads = self.layer, self.layer.gradient_tokens(grad)
+        layer, inputs, grads = self.layer, self.inputs, self.layer.gradient_tokens(grad)
         change = layer.input_tangent(inputs)
         if change is not None:
             self.slope += _bilinear(grads, layer.weight, change)
@@ -480,20 +476,87 @@ def _bilinear(left: torch.Tensor, weight: torch.Tensor, right: torch.Tensor) -> 
     return (outer(left, right).double() * weight).sum()
 
 
-def _gradients(
-    outputs: torch.Tensor, record: dict[str, _Met], vector: torch.Tensor, keep: bool
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Gradients of vector · outputs at the output of each map of the record, by name."""
-    if not record:
-        return iter(())
-    grads = torch.autograd.grad(
-        outputs, [met.outputs for met in record.values()], vector, retain_graph=keep
-    )
-    return zip(record, grads, strict=True)
+def _forward(
+    network: nn.Module,
+    inputs: torch.Tensor,
+    root_weight: torch.Tensor | None,
+    sums: "dict[str, _FactorSums]",
+    new: "Callable[[str, SharedLinear, torch.Tensor], _FactorSums]",
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A forward pass that counts in the inputs of every map on its way.
+
+    Weights are constants to it, so that the graph keeps what the gradients at outputs of maps need
+    and nothing for those of weights.
+
+    Returns
+    -------
+    outputs : tensor of shape (n, K)
+    ends : dict of str to tensor
+        The output of each map; that of a map before which there is none begins the graph.
+    """
+    ends: dict[str, torch.Tensor] = {}
+
+    def hook(name: str, layer: SharedLinear, given: torch.Tensor, output: torch.Tensor):
+        given = given.detach()
+        if name not in sums:
+            sums[name] = new(name, layer, given)
+        sums[name].add_input(given, root_weight, len(inputs))
+        ends[name] = output if output.requires_grad else output.requires_grad_()
+        return ends[name]
+
+    with _hooked(network, hook), _constant(network), torch.enable_grad():
+        return network(inputs), ends
+
+
+def _add_columns(
+    outputs: torch.Tensor,
+    ends: dict[str, torch.Tensor],
+    columns: tuple[torch.Tensor, ...],
+    root_weight: torch.Tensor | None,
+    sums: "dict[str, _FactorSums]",
+) -> None:
+    """Count in the gradients of each column of the output Hessian, (n, K)."""
+    first = [end for end in ends.values() if end.is_leaf]
+    visit = {name: sums[name].add_gradient for name in ends}
+    for i, column in enumerate(columns, 1):
+        weighted = column if root_weight is None else column * root_weight[:, None]
+        _pull_back(outputs, ends, weighted, first, i < len(columns), visit)
+
+
+def _pull_back(
+    outputs: torch.Tensor,
+    ends: dict[str, torch.Tensor],
+    vector: torch.Tensor,
+    down_to: list[torch.Tensor],
+    keep: bool,
+    visit: Mapping[str, Callable[[torch.Tensor], None]],
+) -> None:
+    """Visit the gradient of vector · outputs at each end, one after the other; none is kept."""
+    if not ends:
+        return
+    handles = [end.register_hook(visit[name]) for name, end in ends.items()]
+    try:
+        torch.autograd.grad(outputs, down_to, vector, retain_graph=keep)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _SeenEnough(Exception):
     """Nothing that comes later in a forward pass is needed."""
+
+
+def _seeing(network: nn.Module, inputs: torch.Tensor) -> list[str]:
+    """Names of the maps whose input hangs on no parameter, but for those at anchors."""
+    names = []
+
+    def hook(name: str, layer: SharedLinear, given: torch.Tensor, output: torch.Tensor):
+        if not given.requires_grad and layer.interpolation is None:
+            names.append(name)
+
+    with _hooked(network, hook), torch.enable_grad():
+        network(inputs)
+    return names
 
 
 @torch.no_grad()
@@ -511,7 +574,7 @@ def _inputs_of(
 
         return hook
 
-    handles = [network.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    handles = [_map(network, name).register_forward_pre_hook(keep(name)) for name in names]
     try:
         with suppress(_SeenEnough):
             network(inputs)
@@ -521,24 +584,37 @@ def _inputs_of(
     return seen
 
 
+def _map(network: nn.Module, name: str) -> SharedLinear:
+    return cast(SharedLinear, network.get_submodule(name))
+
+
 @contextmanager
-def _recorded(network: nn.Module) -> Iterator[dict[str, _Met]]:
-    """Inputs and outputs of every shared linear map, by name, during one forward pass."""
-    record: dict[str, _Met] = {}
+def _hooked(network: nn.Module, hook: Callable[..., torch.Tensor | None]) -> Iterator[None]:
+    """Call ``hook(name, layer, input, output)`` after each map; what it returns is its output."""
 
-    def keep(name: str):
-        def hook(layer, args, output):
-            record[name] = _Met(layer, args[0].detach(), output, not args[0].requires_grad)
-
-        return hook
+    def named(name: str):
+        return lambda layer, args, output: hook(name, layer, args[0], output)
 
     handles = [
-        module.register_forward_hook(keep(name))
+        module.register_forward_hook(named(name))
         for name, module in network.named_modules()
         if isinstance(module, SharedLinear)
     ]
     try:
-        yield record
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _constant(network: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient."""
+    asking = [p for p in network.parameters() if p.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_()

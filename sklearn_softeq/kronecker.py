@@ -5,6 +5,7 @@ blkdiag_b(A_b ⊗ Γ_b), the rows of W[b].T stacked (input index slow, output in
 Evidence needs nothing of it but the eigenvalues λ of A_b and μ of Γ_b.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,10 @@ import torch
 from .devices import full_precision
 
 __all__ = ["Factor", "Kronecker", "Root", "Spectrum", "dense", "spectra"]
+
+#: Numbers in matrices of one size that are decomposed in one call, which copies them: a larger call
+#: gains nothing.
+TOGETHER = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,14 +171,20 @@ def _eigenvalues(named: dict[int, tuple[str, Factor]]) -> dict[int, torch.Tensor
         key: factor.gram() if isinstance(factor, Root) else factor
         for key, (_, factor) in named.items()
     }
-    by_size: dict[torch.Size, list[int]] = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     for key, matrix in matrices.items():
-        by_size.setdefault(matrix.shape[1:], []).append(key)
+        groups.setdefault(tuple(matrix.shape[1:]), []).append(key)
     solved: dict[int, torch.Tensor] = {}
-    for keys in by_size.values():
-        values = _solved(torch.cat([matrices[key] for key in keys]))
-        sizes = [len(matrices[key]) for key in keys]
-        solved.update(zip(keys, values.split(sizes), strict=True))
+    for size, keys in groups.items():
+        at_once = max(TOGETHER // math.prod(size), 1)
+        if sum(len(matrices[key]) for key in keys) <= at_once:
+            values = _solved(torch.cat([matrices[key] for key in keys]))
+            sizes = [len(matrices[key]) for key in keys]
+            solved.update(zip(keys, values.split(sizes), strict=True))
+        else:
+            for key in keys:
+                parts = matrices[key].split(at_once)
+                solved[key] = torch.cat([_solved(part) for part in parts])
     return {
         key: _checked(values, matrices[key], named[key][0])
         for key, values in _to_cpu(solved).items()

@@ -355,24 +355,24 @@ def test_words_for_what_is_chosen():
 
 
 @pytest.mark.parametrize(
-    ("maps", "numbers"),
+    ("maps", "given", "factors"),
     [
-        ([FC(2, 3, (4, 4))], 3 * 16),
-        ([Conv(2, 3, (64, 32), (2, 2))], 3 * 32 * 16),
-        ([Conv(1, 16, (32, 16)), Conv(16, 20, (32, 16))], 36 * 512),
-        ([FactoredFC(30, 40, (16, 8), (2, 2))], 30 * 40 + 40 * 32),
-        ([Conv(1, 40, (32, 64))], 40 * 2048),
-        ([], 0),
+        ([FC(2, 3, (4, 4))], 3 * 16, 32**2 + 48**2),
+        ([Conv(2, 3, (64, 32), (2, 2))], 3 * 32 * 16, 18**2 + 3**2),
+        ([FactoredFC(30, 40, (16, 8), (2, 2))], 1200 + 1280, 30 * (128**2 + 40**2) + 40 * 1924),
+        ([Conv(1, 40, (32, 64))], 40 * 2048, 9**2 + 40**2),  # a step needs more than that
+        ([FC(1, 3, (64, 64))], 3 * 4096, 4096**2 + 12288**2),  # the factors alone need more
+        ([], 0, 0),
     ],
 )
-def test_rows_of_a_pass_keep_to_the_memory(maps, numbers):
-    expected = budget.PASS_NUMBERS // max(numbers, 1)
-    low, high = budget.FEWEST_PASS_ROWS, budget.MOST_PASS_ROWS
-    assert rows_of_a_pass(nn.Sequential(*maps)) == min(max(expected, low), high)
+def test_rows_of_a_pass_keep_to_the_memory(maps, given, factors):
+    room = max(2**24, 1.4 * 1.5 * 128 * given) - factors
+    expected = min(max(int(room / (2.2 * given)), 32), 512) if given else 512
+    assert rows_of_a_pass(nn.Sequential(*maps)) == expected
 
 
 def test_rows_of_a_pass_of_networks():
-    found = [rows_of_a_pass(build_network((1, side, side), 3, width=4)) for side in (4, 32, 64)]
+    found = [rows_of_a_pass(build_network((1, side, side), 3, width=4)) for side in (4, 32, 128)]
     assert found[0] == budget.MOST_PASS_ROWS
     assert budget.FEWEST_PASS_ROWS < found[1] < budget.MOST_PASS_ROWS
     assert found[2] == budget.FEWEST_PASS_ROWS

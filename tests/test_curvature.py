@@ -1017,13 +1017,14 @@ def test_two_classes_take_one_pass_and_one_class_none(monkeypatch):
 
 
 def test_derivatives_take_one_pass_more(monkeypatch):
-    vectors, gradients = [], curvature._gradients
+    vectors, pull_back = [], curvature._pull_back
 
-    def counting(outputs, record, vector, keep):
-        vectors.append((list(record), vector))
-        return gradients(outputs, record, vector, keep)
+    def counting(outputs, ends, vector, down_to, keep, visit):
+        vectors.append((list(ends), vector))
+        assert len(down_to) < len(ends) or list(ends.values()) == down_to
+        pull_back(outputs, ends, vector, down_to, keep, visit)
 
-    monkeypatch.setattr(curvature, "_gradients", counting)
+    monkeypatch.setattr(curvature, "_pull_back", counting)
     case = BY_NAME["sparse"]
     network, batch = setting(case)
     moving(network, case.likelihood, batch)

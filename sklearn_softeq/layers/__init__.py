@@ -5,7 +5,7 @@
 adds them up.
 """
 
-from .contract import Grid, LayerSpec, Pathway, SharedLinear, outer, strided
+from .contract import Grid, LayerSpec, Pathway, SharedLinear, in_blocks, outer, strided
 from .conv import Conv
 from .factored import FactoredFC, FactorU, FactorV
 from .fc import FC, PooledFC
@@ -40,6 +40,7 @@ __all__ = [
     "SparseFC",
     "SparseU",
     "SparseV",
+    "in_blocks",
     "keep_largest_grid",
     "less_symmetric",
     "outer",

@@ -17,7 +17,16 @@ from torch import nn
 from ..anchors import Interpolation
 from ..groups import P1, PointGroup
 
-__all__ = ["Grid", "LayerSpec", "Pathway", "SharedLinear", "outer", "rounding", "strided"]
+__all__ = [
+    "Grid",
+    "LayerSpec",
+    "Pathway",
+    "SharedLinear",
+    "in_blocks",
+    "outer",
+    "rounding",
+    "strided",
+]
 
 Grid = tuple[int, int]
 
@@ -78,8 +87,10 @@ class SharedLinear(nn.Module, ABC):
         Σ grads · forward(x) = Σ gradient_tokens(grads) · (W input_tokens(x) + bias).
         """
 
-    def input_gram(self, inputs: torch.Tensor, root_weight: torch.Tensor | None) -> torch.Tensor:
-        """A_b = Σ_n Σ_s w_n inp inpᵀ, shape (B, d_in, d_in).
+    def input_gram(
+        self, inputs: torch.Tensor, root_weight: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """A_b = Σ_n Σ_s w_n inp inpᵀ, shape (B, d_in, d_in), if there is a way without tokens.
 
         Parameters
         ----------
@@ -87,15 +98,11 @@ class SharedLinear(nn.Module, ABC):
         root_weight : tensor of shape (n,) or None
             √w_n; None for weights of 1.
         """
-        tokens = self.input_tokens(inputs)
-        if root_weight is not None:
-            tokens = tokens * root_weight[:, None, None, None]
-        return outer(tokens, tokens)
+        return None
 
-    def gradient_gram(self, grads: torch.Tensor) -> torch.Tensor:
-        """Γ_b = Σ_n Σ_s g gᵀ without the division by S, shape (B, d_out, d_out)."""
-        tokens = self.gradient_tokens(grads)
-        return outer(tokens, tokens)
+    def gradient_gram(self, grads: torch.Tensor) -> torch.Tensor | None:
+        """Σ_n Σ_s g gᵀ, shape (B, d_out, d_out), if there is a way without tokens."""
+        return None
 
     def input_tangent(self, inputs: torch.Tensor) -> torch.Tensor | None:
         """∂ input_tokens / ∂ log ω, or None where they do not depend on ω."""
@@ -108,11 +115,10 @@ class SharedLinear(nn.Module, ABC):
 
 def outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Σ_n Σ_s l rᵀ of each block: (n, S, B, d) → (B, d, d)."""
-    rows = _in_blocks(left)
-    return torch.bmm(rows.transpose(1, 2), rows if right is left else _in_blocks(right))
+    return torch.bmm(in_blocks(left).transpose(1, 2), in_blocks(right))
 
 
-def _in_blocks(tokens: torch.Tensor) -> torch.Tensor:
+def in_blocks(tokens: torch.Tensor) -> torch.Tensor:
     """(n, S, B, d) → (B, n·S, d), such that a product need not copy each block by itself."""
     rows = tokens.permute(2, 0, 1, 3).flatten(1, 2)
     return rows if 1 in rows.stride()[1:] else rows.contiguous()
