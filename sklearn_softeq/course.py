@@ -73,7 +73,8 @@ class EvidenceStep(Callback):
 
     def _forget_data(self) -> None:
         self._traces: torch.Tensor | None = None  # of the rows' output Hessians, for a subset
-        self._constants: dict[str, Factor] | None = None
+        self._constants: dict[str, Factor] = {}
+        self._covered: set[str] = set()  # tensors that were in use when these were computed
         self._known: dict[int, torch.Tensor] = {}
 
     def on_train_begin(self, net, **kwargs):
@@ -145,8 +146,10 @@ class EvidenceStep(Callback):
         )
 
     def _input_factors(self, net: SoftEquivariantNet) -> dict[str, Factor]:
-        """Those that hang on no weight, of all rows, computed once."""
-        if self._constants is None:
+        """Those that hang on no weight, of all rows, computed once for each set of pathways."""
+        enabled = set(net.enabled_tensors())
+        if not enabled <= self._covered:
+            self._covered = enabled
             self._constants = input_factors(
                 net.module_,
                 net.data_.in_order(rows_of_a_pass(net.module_)),

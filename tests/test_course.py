@@ -222,6 +222,23 @@ def test_a_sample_is_drawn_by_the_outputs_of_the_last_epoch(monkeypatch):
     assert not torch.equal(seen[0][1], seen[1][1])
 
 
+def test_input_factors_are_computed_once_and_again_for_what_is_released(monkeypatch):
+    found, compute = [], course.input_factors
+
+    def counting(*args, **kwargs):
+        found.append(compute(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(course, "input_factors", counting)
+    settings = {"pathways": ("conv", "factored_fc"), "burn_in": 2, "every": 1, "max_epochs": 6}
+    net_of(start="symmetric", subset=7, **settings).partial_fit(data_of(20))
+    free = "blocks.0.factored_fc.U"
+    assert [set(each) for each in found] == [{"blocks.0.conv"}, {"blocks.0.conv", free}]
+    found.clear()
+    net_of(start="joint", **settings).partial_fit(data_of(20))
+    assert len(found) == 1
+
+
 def test_no_row_is_looked_at_when_all_are_seen(monkeypatch):
     monkeypatch.setattr(Categorical, "hessian_trace", None)
     net_of(burn_in=1, every=1, max_epochs=3).partial_fit(data_of())
