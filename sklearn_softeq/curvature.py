@@ -222,9 +222,9 @@ def input_factors(
 ) -> dict[str, Factor]:
     """Mean input factors A of the maps that see the images themselves, by the name of the map.
 
-    They hang on no weight, and are the same for all evidences of a fit. Of the network only what
-    comes before the last of these maps is run. Maps at anchors, whose tokens hang on ω, are left
-    out.
+    They hang on no weight, and are the same for all evidences of a fit. Which they are is seen from
+    one row; of the others only what comes before the last of these maps is computed. Maps at
+    anchors, whose tokens hang on ω, are left out.
 
     Parameters
     ----------
@@ -234,7 +234,7 @@ def input_factors(
     sums: dict[str, _FactorSums] = {}
     weight: torch.Tensor | float = 0.0
     for inputs, _, weights in ((column[own] for column in batch) for batch in batches):
-        names = list(sums) if sums else _seeing(network, inputs)
+        names = list(sums) if sums else _seeing(network, inputs[:1])
         if not names:
             return {}
         root_weight = None if unit_weights else weights.sqrt().to(inputs.dtype)

@@ -478,12 +478,38 @@ def test_input_factors_that_hang_on_no_weight_are_computed_once(name, kfac):
 def test_input_factors_run_no_more_of_the_network_than_they_need():
     case = BY_NAME["all"]
     network, batch = setting(case)
-    passes = []
-    network.head.register_forward_hook(lambda *_: passes.append("whole"))
-    input_factors(network, parts(batch, [1, 1, case.n - 2]))
-    assert passes == ["whole"]  # the first batch, which shows which maps see the images
+    rows = []
+    network.head.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    input_factors(network, parts(batch, [2, case.n - 2]))
+    assert rows == [1]  # which shows which maps see the images
     kronecker_factors(network, case.likelihood, [batch])  # no hook of ours is left behind
-    assert passes == ["whole"] * 2
+    assert rows == [1, case.n]
+
+
+def test_parameters_ask_for_gradients_as_before():
+    case = BY_NAME["all"]
+    network, batch = setting(case)
+    asking = {name: name.endswith("weight") for name, _ in network.named_parameters()}
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(asking[name])
+    kronecker_factors(network, case.likelihood, [batch])
+    assert {name: p.requires_grad for name, p in network.named_parameters()} == asking
+    network.head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        kronecker_factors(network, case.likelihood, [batch])
+    assert {name: p.requires_grad for name, p in network.named_parameters()} == asking
+
+
+def test_a_pass_keeps_nothing_for_gradients_of_weights():
+    case = BY_NAME["all"]
+    network, batch = setting(case)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        kronecker_factors(network, case.likelihood, [batch])
+        few = len(kept)
+        kept.clear()
+        network(batch[0]).sum().backward()
+    assert few < len(kept)
 
 
 @pytest.mark.parametrize("n", [1, 6])
