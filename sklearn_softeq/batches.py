@@ -66,7 +66,7 @@ class TrainingData(torch.utils.data.Dataset):
         traces : tensor of shape (n,)
             Trace of the output Hessian of each row.
         generator : torch.Generator
-            Of the one random number, the place of the first step; on the CPU.
+            Of the order among equal traces and of the place of the first step; on the CPU.
 
         References
         ----------
@@ -80,10 +80,13 @@ class TrainingData(torch.utils.data.Dataset):
             curvature.sum() > 0, curvature / curvature.sum().clamp_min(1e-300), shares
         )
         chances = _chances(shares, size)
-        order = traces.argsort(stable=True)
-        steps = torch.arange(size, device=order.device) + torch.rand((), generator=generator).item()
+        shuffled = torch.randperm(len(self), generator=generator).to(traces.device)
+        order = shuffled[traces[shuffled].argsort(stable=True)]
+        first = torch.rand((), generator=generator, dtype=torch.float64).item()
+        steps = torch.arange(size, dtype=torch.float64, device=order.device) + first
         upto = chances[order].cumsum(0)
-        rows = order[torch.searchsorted(upto, steps * (upto[-1] / size), right=True)]
+        places = torch.searchsorted(upto, steps * (upto[-1] / size), right=True)
+        rows = order[places.clamp_max(len(self) - 1)]  # rounding may lead beyond the last one
         inputs, (targets, _) = self[rows]
         stand_for = weights[rows] * (self.n_observations / weights.sum()) / chances[rows]
         return replace(
@@ -102,8 +105,8 @@ def _chances(shares: torch.Tensor, size: int) -> torch.Tensor:
     falling = shares.sort(descending=True).values
     rest = falling.flip(0).cumsum(0).flip(0)  # of each and all smaller ones
     left = size - torch.arange(len(shares), device=shares.device)  # after so many certain ones
-    n_certain = (falling * left <= rest).byte().argmax()
-    return (shares * (left[n_certain] / rest[n_certain])).clamp_max(1.0)
+    n_certain = (falling * left <= rest).byte().argmax(0, keepdim=True)
+    return (shares * (left / rest).gather(0, n_certain)).clamp_max(1.0)
 
 
 class Batches:

@@ -69,16 +69,17 @@ class EvidenceStep(Callback):
         self.seed = seed
         self.lengthscales = lengthscales
         self._slopes: dict[str, float] = {}
-        self._forget_data()
+        self.forget_data()
 
-    def _forget_data(self) -> None:
+    def forget_data(self) -> None:
+        """Drop what hangs on the data of a fit."""
         self._traces: torch.Tensor | None = None  # of the rows' output Hessians, for a subset
         self._constants: dict[str, Factor] = {}
         self._covered: set[str] = set()  # tensors that were in use when these were computed
         self._known: dict[int, torch.Tensor] = {}
 
     def on_train_begin(self, net, **kwargs):
-        self._forget_data()
+        self.forget_data()
         self.chosen = self.plan(net.module_, len(net.data_))
         if self.steps and self.chosen.n_rows < len(net.data_):
             self._traces = torch.zeros_like(net.data_.weights)
@@ -94,35 +95,41 @@ class EvidenceStep(Callback):
     def evaluate(self, net: SoftEquivariantNet) -> LaplaceEvidence:
         """The evidence at the present weights as a function of the precisions."""
         generator = torch.Generator().manual_seed(self.seed + len(net.history))
-        data, total = net.data_, net.data_.n_observations
+        data = None
         if self._traces is not None:
             traces = self._traces.clone()
             net.processes_.add(traces)
-            data, total = data.sample(self.chosen.n_rows, traces, generator), None
-        return self._evaluate(net, data, total, generator)
+            data = net.data_.sample(self.chosen.n_rows, traces, generator)
+        return self._evaluate(net, data, generator)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether evidences are of a sample of the rows."""
+        return self._traces is not None
+
+    def complete(self, net: SoftEquivariantNet) -> LaplaceEvidence:
+        """The evidence of all rows."""
+        generator = torch.Generator().manual_seed(self.seed + len(net.history))
+        return self._evaluate(net, None, generator)
 
     def finish(self, net: SoftEquivariantNet, last: LaplaceEvidence | None) -> LaplaceEvidence:
         """The evidence of all data at the end, which ``last`` is if it has seen them all."""
-        if self._traces is not None or last is None:
-            generator = torch.Generator().manual_seed(self.seed + len(net.history))
-            last = self._evaluate(net, net.data_, net.data_.n_observations, generator)
-        self._forget_data()
-        return last
+        found = self.complete(net) if self.sampled or last is None else last
+        self.forget_data()
+        return found
 
     def _evaluate(
-        self,
-        net: SoftEquivariantNet,
-        data: TrainingData,
-        total: float | None,
-        generator: torch.Generator,
+        self, net: SoftEquivariantNet, sample: TrainingData | None, generator: torch.Generator
     ) -> LaplaceEvidence:
+        data = net.data_ if sample is None else sample
         curvature = kronecker_factors(
             net.module_,
             net.criterion_,
             data.in_order(rows_of_a_pass(net.module_)),
             estimator=self.chosen.estimator,
-            total_weight=total,
-            unit_weights=data.unit_weights,
+            # The weights of a sample stand for all observations.
+            total_weight=net.data_.n_observations if sample is None else None,
+            unit_weights=sample is None and data.unit_weights,
             generator=generator,
             # While the rate falls lengthscales stay: see on_epoch_end.
             lengthscales=self.lengthscales is not None and not net.course.rate.cooling,
@@ -150,11 +157,12 @@ class EvidenceStep(Callback):
         enabled = set(net.enabled_tensors())
         if not enabled <= self._covered:
             self._covered = enabled
-            self._constants = input_factors(
+            self._constants |= input_factors(
                 net.module_,
                 net.data_.in_order(rows_of_a_pass(net.module_)),
                 kfac=self.chosen.estimator.kfac,
                 unit_weights=net.data_.unit_weights,
+                known=self._constants,
                 **_shared(net),
             )
         return self._constants
@@ -228,6 +236,8 @@ def _shared(net: SoftEquivariantNet) -> dict[str, Any]:
 class Preconditioner(Callback):
     """Gives K-FAC the curvature that it preconditions with.
 
+    It is dropped with the data at the end of training, and so after each call of ``partial_fit``.
+
     Parameters
     ----------
     seed : int
@@ -238,8 +248,8 @@ class Preconditioner(Callback):
         Epochs from one look at the curvature to the next. Tensors that are new to it, as after a
         release, are looked at before their first step.
     n_rows : int, default=256
-        Rows that it looks at, all alike, with one random column of each. Data of no more rows and
-        few classes are looked at exactly.
+        Rows that it looks at, drawn by their weights, with one random column of each. Data of no
+        more rows and few classes are looked at exactly.
     """
 
     def __init__(self, seed: int, n_columns: int, every: int = 2, n_rows: int = 256):
@@ -247,31 +257,37 @@ class Preconditioner(Callback):
         self.n_columns = n_columns
         self.every = every
         self.n_rows = n_rows
+        self._decays: object = None  # those that the inverses are of
 
     def on_epoch_begin(self, net, **kwargs):
         tensors, optimizer = net.enabled_tensors(), net.optimizer_
         known = all(optimizer.knows(tensor) for tensor in tensors.values())
-        if not known or (len(net.history) - 1) % self.every == 0:
+        due = not known or (len(net.history) - 1) % self.every == 0
+        if due:
             self._observe(net, tensors)
-        precisions, total = net.prior_.precisions(), net.data_.n_observations
-        # Anew in each epoch: precisions move.
-        optimizer.precondition({w: precisions[name] / total for name, w in tensors.items()})
+        if not due and self._decays is net.decay_:
+            return
+        self._decays = net.decay_  # another list when precisions have moved
+        decays = {id(parameter): decay for parameter, decay, _ in net.decay_}
+        try:
+            optimizer.precondition({tensor: decays[id(tensor)] for tensor in tensors.values()})
+        except ValueError as error:
+            raise ValueError(net.not_finite("The curvature became infinite or NaN")) from error
 
     def _observe(self, net: SoftEquivariantNet, tensors: dict[str, torch.Tensor]) -> None:
         generator = torch.Generator().manual_seed(self.seed + len(net.history))
         data, total = net.data_, net.data_.n_observations
-        estimator = Estimator("rademacher")
-        if self.n_rows < len(data):
+        whole = len(data) <= self.n_rows
+        exact = whole and len(data) * self.n_columns <= EXACT_COLUMNS
+        if not whole:
             data = data.sample(self.n_rows, torch.ones_like(data.weights), generator)
-        elif len(data) * self.n_columns <= EXACT_COLUMNS:
-            estimator = Estimator()
         curvature = kronecker_factors(
             net.module_,
             net.criterion_,
             data.in_order(rows_of_a_pass(net.module_)),
-            estimator=estimator,
+            estimator=Estimator("exact" if exact else "rademacher"),
             total_weight=total,
-            unit_weights=data.unit_weights,
+            unit_weights=whole and data.unit_weights,
             generator=generator,
             **_shared(net),
         )
@@ -279,6 +295,7 @@ class Preconditioner(Callback):
             net.optimizer_.observe(tensor, curvature.factors[name], total)
 
     def on_train_end(self, net, **kwargs):
+        self._decays = None
         net.optimizer_.forget()
 
 
@@ -411,6 +428,7 @@ class Course(Callback):
         last = self.evidence.evaluate(net)
         if self.endless:  # the precisions wait for the next one
             net.laplace_ = last
+            self.evidence.forget_data()
             return
         restored = False
         if not self.holding:
@@ -418,10 +436,23 @@ class Course(Callback):
             joint = final.log_likelihood - 0.5 * final.scatter
             figure = (final.value if self.evidence.steps else joint) / net.data_.n_observations
             if self.best is not None and self.best[0] > figure:
-                restore(net.module_, net.prior_, self.best[1])
-                restored = True
+                restored = self._returned(net, self.best[1])
         self.best = None
         net.laplace_ = self.evidence.finish(net, None if restored else last)
+
+    def _returned(self, net: SoftEquivariantNet, best: State) -> bool:
+        """Return to the best state; where figures are of samples, if all rows say so, too."""
+        evidence, here, now = self.evidence, None, state_of(net.module_, net.prior_)
+        if evidence.sampled:
+            here = evidence.complete(net).evidence(net.prior_.log_precision.cpu())
+        restore(net.module_, net.prior_, best)
+        if here is None:
+            return True
+        there = evidence.complete(net).evidence(net.prior_.log_precision.cpu())
+        better = net.processes_.agreed(there.value > here.value)
+        if not better:
+            restore(net.module_, net.prior_, now)
+        return better
 
 
 class ProgressLine(Callback):

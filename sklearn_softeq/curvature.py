@@ -15,7 +15,7 @@ the log likelihood, in which everything follows, is Σ g · ∂out with g for th
 Gradients of weights are never formed; hooks live inside one call and hang on no layer after it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, cast
@@ -217,6 +217,7 @@ def input_factors(
     *,
     kfac: str = "expand",
     unit_weights: bool = False,
+    known: Collection[str] = (),
     own: slice = EVERY_ROW,
     reduction: Reduction | None = None,
 ) -> dict[str, Factor]:
@@ -230,11 +231,13 @@ def input_factors(
     ----------
     network, batches, kfac, unit_weights, own, reduction
         As of :func:`kronecker_factors`.
+    known : collection of str
+        Names that are left out.
     """
     sums: dict[str, _FactorSums] = {}
     weight: torch.Tensor | float = 0.0
     for inputs, _, weights in ((column[own] for column in batch) for batch in batches):
-        names = list(sums) if sums else _seeing(network, inputs[:1])
+        names = list(sums) or [n for n in _seeing(network, inputs[:1]) if n not in known]
         if not names:
             return {}
         root_weight = None if unit_weights else weights.sqrt().to(inputs.dtype)
@@ -504,7 +507,7 @@ def _forward(
         ends[name] = output if output.requires_grad else output.requires_grad_()
         return ends[name]
 
-    with _hooked(network, hook), _constant(network), torch.enable_grad():
+    with _hooked(network, hook), _asking(network, False), torch.enable_grad():
         return network(inputs), ends
 
 
@@ -554,7 +557,7 @@ def _seeing(network: nn.Module, inputs: torch.Tensor) -> list[str]:
         if not given.requires_grad and layer.interpolation is None:
             names.append(name)
 
-    with _hooked(network, hook), torch.enable_grad():
+    with _hooked(network, hook), _asking(network, True), torch.enable_grad():
         network(inputs)
     return names
 
@@ -608,13 +611,13 @@ def _hooked(network: nn.Module, hook: Callable[..., torch.Tensor | None]) -> Ite
 
 
 @contextmanager
-def _constant(network: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient."""
-    asking = [p for p in network.parameters() if p.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
+def _asking(network: nn.Module, wanted: bool) -> Iterator[None]:
+    """All parameters ask for a gradient, or none does."""
+    before = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    for parameter in before:
+        parameter.requires_grad_(wanted)
     try:
         yield
     finally:
-        for parameter in asking:
-            parameter.requires_grad_()
+        for parameter, asked in before.items():
+            parameter.requires_grad_(asked)

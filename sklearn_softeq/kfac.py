@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .kronecker import Factor, Kronecker, Root, dense
+from .kronecker import TOGETHER, Factor, Kronecker, Root, dense
 
 __all__ = ["KFAC"]
 
@@ -54,9 +54,9 @@ class KFAC(torch.optim.Optimizer):
         clip: float = 0.01,
         memory: float = 0.8,
     ):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "clip": clip})
-        self.damping = damping
-        self.memory = memory
+        # Nothing but groups and defaults survives a copy of an optimizer.
+        group = {"lr": lr, "momentum": momentum, "clip": clip, "damping": damping}
+        super().__init__(params, {**group, "memory": memory})
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether there is curvature for a tensor."""
@@ -74,7 +74,7 @@ class KFAC(torch.optim.Optimizer):
         """
         state = self.state[tensor]
         left, right = _small(curvature.left), _small(curvature.right) / n_observations
-        weight = state.get("weight", 0.0) * self.memory
+        weight = state.get("weight", 0.0) * self.defaults["memory"]
         for name, new in (("left", left), ("right", right)):
             old = state.get(name, torch.zeros_like(new))
             state[name] = (weight * old + new) / (weight + 1.0)
@@ -82,15 +82,26 @@ class KFAC(torch.optim.Optimizer):
 
     @torch.no_grad()
     def precondition(self, decays: Mapping[torch.Tensor, float]) -> None:
-        """Invert the curvature of tensors, each with the δ/N of its prior."""
+        """Invert the curvature of tensors, each with the δ/N of its prior.
+
+        Raises
+        ------
+        ValueError
+            If there is no inverse, as of factors that are not finite.
+        """
+        failed: list[torch.Tensor] = []
         for tensor, decay in decays.items():
             state = self.state[tensor]
             left, right = state["left"], state["right"]
             means = [_mean_eigenvalue(factor) for factor in (left, right)]
             # A factor that is zero, as of weights that nothing has reached yet, says nothing.
             ratio = (means[0] / means[1].clamp_min(1e-30)).sqrt().clamp(1e-6, 1e6)
-            root = math.sqrt(self.damping + decay)
-            state["inverse"] = _inverse(left, ratio * root), _inverse(right, root / ratio)
+            root = math.sqrt(self.defaults["damping"] + decay)
+            sides = [_inverse(left, ratio * root), _inverse(right, root / ratio)]
+            state["inverse"] = tuple(inverse for inverse, _ in sides)
+            failed += [~torch.isfinite(means[0] * means[1]), *(info for _, info in sides)]
+        if failed and torch.stack(failed).any():
+            raise ValueError("A factor of the curvature has no inverse.")
 
     @torch.no_grad()
     def rescale(self, scales: Mapping[torch.Tensor, float]) -> None:
@@ -165,12 +176,18 @@ def _mean_eigenvalue(factor: torch.Tensor) -> torch.Tensor:
     return factor.diagonal(dim1=1, dim2=2).mean()
 
 
-def _inverse(factor: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
-    """(factor + damping)⁻¹ of each block; of a matrix of size 1 its reciprocal."""
-    if factor.shape[-1] == 1:
-        return 1.0 / (factor + damping)
-    # In float32 a factor of bad condition may have no root.
-    damped = factor.to(torch.float64, copy=True)
-    damped.diagonal(dim1=1, dim2=2).add_(damping)
-    root, _ = torch.linalg.cholesky_ex(damped)
-    return torch.cholesky_inverse(root).to(factor.dtype)
+def _inverse(factor: torch.Tensor, damping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(factor + damping)⁻¹ of each block, of size 1 a reciprocal; and whether there is none."""
+    size = factor.shape[-1]
+    if size == 1:
+        inverse = 1.0 / (factor + damping)
+        return inverse, ~torch.isfinite(inverse).all()
+    found, failed = [], []
+    for part in factor.split(max(TOGETHER // size**2, 1)):
+        # In float32 a factor of bad condition may have no root.
+        damped = part.to(torch.float64, copy=True)
+        damped.diagonal(dim1=1, dim2=2).add_(damping)
+        root, info = torch.linalg.cholesky_ex(damped)
+        found.append(torch.cholesky_inverse(root).to(factor.dtype))
+        failed.append(info.any() | ~torch.isfinite(found[-1]).all())
+    return torch.cat(found), torch.stack(failed).any()

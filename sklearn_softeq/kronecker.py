@@ -12,7 +12,7 @@ import torch
 
 from .devices import full_precision
 
-__all__ = ["Factor", "Kronecker", "Root", "Spectrum", "dense", "spectra"]
+__all__ = ["TOGETHER", "Factor", "Kronecker", "Root", "Spectrum", "dense", "spectra"]
 
 #: Numbers in matrices of one size that are decomposed in one call, which copies them: a larger call
 #: gains nothing.

@@ -171,6 +171,22 @@ def test_samples_repeat_with_the_generator():
     assert not torch.equal(other.inputs, first.inputs)
 
 
+def test_no_step_leads_beyond_the_last_row(monkeypatch):
+    # In float32 the last of many steps is rounded to the number of rows itself.
+    data, traces = numbered(5000), undecided(5000)
+    monkeypatch.setattr(torch, "rand", lambda *_, **k: torch.tensor(1 - 2**-53, dtype=k["dtype"]))
+    for size in (4096, 4999):
+        sample_of(data, size, traces)
+
+
+def test_rows_that_are_alike_come_in_a_random_order():
+    # Every tenth row, as even steps in the order of the data would take, may be of one class.
+    data = replace(numbered(200), weights=torch.ones(200))
+    for seed in range(5):
+        rows = sample_of(data, 20, torch.ones(200), seed).targets - 100
+        assert len((rows % 10).unique()) > 4
+
+
 def test_a_single_row_may_hold_all_curvature():
     data, traces = numbered(50), torch.zeros(50)
     traces[17] = 0.5

@@ -1,6 +1,7 @@
 """The evidence step, curvature for K-FAC, lengthscales, the course of a fit."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from sklearn_softeq.anchors import Interpolation
 from sklearn_softeq.batches import TrainingData
 from sklearn_softeq.course import EvidenceStep, Preconditioner, ProgressLine
 from sklearn_softeq.curvature import kronecker_factors
+from sklearn_softeq.kfac import KFAC
 from sklearn_softeq.likelihoods import Categorical
 from sklearn_softeq.marginal_likelihood import (
     AdamSolver,
@@ -233,10 +235,42 @@ def test_input_factors_are_computed_once_and_again_for_what_is_released(monkeypa
     settings = {"pathways": ("conv", "factored_fc"), "burn_in": 2, "every": 1, "max_epochs": 6}
     net_of(start="symmetric", subset=7, **settings).partial_fit(data_of(20))
     free = "blocks.0.factored_fc.U"
-    assert [set(each) for each in found] == [{"blocks.0.conv"}, {"blocks.0.conv", free}]
+    assert [set(each) for each in found] == [{"blocks.0.conv"}, {free}]
     found.clear()
     net_of(start="joint", **settings).partial_fit(data_of(20))
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_an_evidence_step_keeps_nothing_of_the_data(endless):
+    net = net_of(subset=7, burn_in=1, every=1, max_epochs=2, endless=endless)
+    net.partial_fit(data_of(20))
+    evidence = net.course.evidence
+    assert not evidence.sampled
+    assert evidence._constants == evidence._known == {}
+
+
+@pytest.mark.parametrize(("best_is_better", "lucky"), [(True, False), (False, True)])
+def test_all_rows_are_asked_before_training_returns_to_the_best(monkeypatch, best_is_better, lucky):
+    # The figures of samples say that the first state was the best one; all rows may differ.
+    data = data_of(30)
+    net = net_of(subset=9, burn_in=1, every=1, max_epochs=3, schedule="constant")
+    sampled, complete, states = EvidenceStep.ascend, EvidenceStep.complete, []
+
+    def ascend(self, net, objective):
+        found = sampled(self, net, objective)
+        states.append(weights_of(net))
+        return found._replace(log_likelihood=0.0 if len(states) == 1 else -1e6)
+
+    def of_all_rows(self, net):
+        found = complete(self, net)
+        first = all(torch.equal(w, states[0][name]) for name, w in weights_of(net).items())
+        return replace(found, log_likelihood=1e6 if first == best_is_better else -1e6)
+
+    monkeypatch.setattr(EvidenceStep, "ascend", ascend)
+    monkeypatch.setattr(EvidenceStep, "complete", of_all_rows)
+    net.partial_fit(data)
+    assert_weights(net, states[-1] if lucky else states[0])
 
 
 def test_no_row_is_looked_at_when_all_are_seen(monkeypatch):
@@ -260,15 +294,15 @@ class Looks(Callback):
         self.epochs.append((len(net.history), known, weights))
 
 
-def kfac_net(every=2, n_rows=256, **params):
+def kfac_net(every_look=2, n_rows=256, **params):
     looks = Looks()
-    preconditioner = Preconditioner(seed=7, n_columns=K - 1, every=every, n_rows=n_rows)
+    preconditioner = Preconditioner(seed=7, n_columns=K - 1, every=every_look, n_rows=n_rows)
     callbacks = [("preconditioner", preconditioner), ("looks", looks)]
     return net_of(optimizer="kfac", lr=0.1, callbacks=callbacks, **params), looks
 
 
 def test_curvature_is_looked_at_every_other_epoch():
-    net, looks = kfac_net(burn_in=100, max_epochs=5, every=2)
+    net, looks = kfac_net(burn_in=100, max_epochs=5)
     net.partial_fit(data_of())
     first, second = ((1 + 0.8), (1 + 0.8 + 0.64))
     expected = [1.0, 1.0, first, first, second]
@@ -327,6 +361,34 @@ def test_kfac_follows_the_gauge(monkeypatch):
     assert [{id(w): c for w, c in each.items()} for each in found] == [
         {id(tensors[name]): c for name, c in scales.items()}
     ]
+
+
+def test_kfac_inverts_anew_where_precisions_have_moved(monkeypatch):
+    inverted, precondition = [], KFAC.precondition
+
+    def counting(self, decays):
+        inverted.append(sorted(decays.values()))
+        precondition(self, decays)
+
+    monkeypatch.setattr(KFAC, "precondition", counting)
+    net, _ = kfac_net(burn_in=3, every=20, max_epochs=8, every_look=5)
+    net.partial_fit(data_of())
+    # Looks before epochs 1 and 6; the evidence after epoch 3 has moved the precisions.
+    assert len(inverted) == 3
+    assert inverted[0] != inverted[1]
+
+
+def test_a_curvature_for_kfac_that_is_no_number():
+    net, _ = kfac_net(burn_in=2, every=1, max_epochs=3)
+
+    class Spoil(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            if len(net.history) == 2:
+                next(net.module_.parameters()).data.fill_(torch.inf)
+
+    net.callbacks_.append(("spoil", Spoil()))
+    with pytest.raises(ValueError, match="curvature became infinite or NaN in epoch 3"):
+        net.partial_fit(data_of())
 
 
 def test_kfac_keeps_no_curvature():

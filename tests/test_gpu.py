@@ -60,7 +60,16 @@ def test_a_fit_is_like_that_of_the_cpu(task):
     assert abs(fits[1].score(*task) - fits[0].score(*task)) < 0.1
 
 
-@pytest.mark.parametrize("settings", [{"amp": "bf16"}, {"augment": "crop_flip"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"amp": "bf16"},
+        {"augment": "crop_flip"},
+        {"curvature": "rademacher", "curvature_subset": 100},
+        {"optimizer": "kfac"},
+    ],
+    ids=str,
+)
 def test_no_step_waits_for_the_device(task, settings):
     class Watch(Callback):
         """Between the steps of an epoch whatever waits is an error."""

@@ -1,6 +1,8 @@
 """Preconditioned steps against dense matrices, Newton's step and plain momentum."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -193,6 +195,41 @@ def test_weights_that_nothing_reaches_yet():
     zero = Kronecker(torch.zeros(2, 4, 4).double(), torch.zeros(2, 3, 3).double())
     ready((tensor, zero)).step()
     assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("size", [1, 3])
+def test_factors_that_are_not_finite_are_an_error(value, size):
+    tensor = weight(n_out=size)
+    found = curvature(n_out=size)
+    found.right[1, 0, 0] = value
+    with pytest.raises(ValueError, match="no inverse"):
+        ready((tensor, found))
+
+
+def test_inverses_in_portions(monkeypatch):
+    tensor, found = weight(n_blocks=5), curvature(n_blocks=5)
+    monkeypatch.setattr(kfac, "TOGETHER", 2 * 4**2)
+    before = tensor.detach().clone()
+    ready((tensor, found), lr=1.0, damping=0.2, clip=1e9).step()
+    step = direction(tensor, found, 0.2, 0.3)
+    torch.testing.assert_close(before - tensor.detach(), step, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_go_on_alike(duplicate):
+    tensor = weight()
+    optimizer = ready((tensor, curvature()), damping=0.7, memory=0.3)
+    optimizer.step()
+    twin = duplicate(optimizer)
+    (other,) = twin.param_groups[0]["params"]
+    new = curvature()
+    for each, of in ((optimizer, tensor), (twin, other)):
+        of.grad = torch.ones_like(of)
+        each.observe(of, new, N)
+        each.precondition({of: 0.2})
+        each.step()
+    assert torch.equal(other.detach(), tensor.detach())
 
 
 def test_curvature_can_be_dropped():

@@ -106,7 +106,15 @@ def same(found, expected, **tolerance):
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"curvature": "rademacher", "verbose": 1, "optimizer": "kfac"}, id="sketch"),
+        pytest.param(
+            {
+                "curvature": "rademacher",
+                "curvature_subset": 17,
+                "optimizer": "kfac",
+                "verbose": 1,
+            },
+            id="sketch",
+        ),
         pytest.param(
             {"curvature": "exact", "curvature_subset": 17, "optimizer": "sgd"},
             marks=pytest.mark.slow,
