@@ -97,7 +97,7 @@ PARTS: dict[str, tuple[str, dict[str, Setting]]] = {
     "a": ("rows", {str(n): replace(DEFAULT, n_rows=n) for n in (512, 1024, 2048, 4096)}),
     "b": ("classes", {str(k): replace(DEFAULT, n_classes=k) for k in (2, 10, 30, 100)}),
     "c": ("width", {str(w): replace(DEFAULT, width=w) for w in (2, 4, 8, 16)}),
-    "d": ("image side", {str(s): replace(DEFAULT, shape=(1, s, s)) for s in (8, 16, 32, 64)}),
+    "d": ("image side", {str(s): replace(DEFAULT, shape=(1, s, s)) for s in (4, 8, 16, 32)}),
     "e": ("the paper's network,", {"S-FC+S-CONV": PAPER}),
 }
 PROCESSES = (1, 2)
