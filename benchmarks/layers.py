@@ -29,7 +29,7 @@ from harness import (
 )
 from torch import nn
 
-from sklearn_softeq.curvature import kronecker_factors
+from sklearn_softeq.curvature import Estimator, kronecker_factors
 from sklearn_softeq.groups import P1, POINT_GROUPS
 from sklearn_softeq.layers import PATHWAYS, FactoredFC, LayerSpec, Pathway
 from sklearn_softeq.likelihoods import Categorical
@@ -191,7 +191,7 @@ def curvature_pass(name: str, layer: nn.Module) -> Step:
         network,
         Categorical(),
         [batch],
-        n_sketches=1,
+        estimator=Estimator("rademacher"),
         generator=generator,
         lengthscales=name.endswith("lengthscales"),
     )
