@@ -171,7 +171,6 @@ def curvature_of(
     traces: torch.Tensor,
     seed: int = 0,
     constants: Mapping[str, Factor] | None = None,
-    rows_at_a_time: int | None = None,
 ) -> Curvature:
     """The curvature as a fit estimates it."""
     generator = torch.Generator().manual_seed(seed)
@@ -180,7 +179,7 @@ def curvature_of(
     return kronecker_factors(
         network,
         Categorical(),
-        data.in_order(rows_at_a_time or rows_of_a_pass(network)),
+        data.in_order(rows_of_a_pass(network)),
         estimator=plan.estimator,
         unit_weights=data.unit_weights,
         generator=generator,

@@ -61,8 +61,6 @@ class Setting:
     width : int
     n_rows : int
         Of an evidence.
-    batch : int
-        Rows of one pass of an evidence; default: as in a fit.
     pathways : tuple of str
     """
 
@@ -70,7 +68,6 @@ class Setting:
     n_classes: int = 10
     width: int = 8
     n_rows: int = 1024
-    batch: int | None = None
     pathways: tuple[str, ...] = ("conv", "factored_fc")
 
     def network(self) -> SoftEquivariantNetwork:
@@ -127,7 +124,7 @@ def evidence(setting: Setting, columns: str) -> Callable[[], None]:
 
     def run():
         traces = torch.ones(len(data))
-        curvature = curvature_of(network, data, plan, traces, rows_at_a_time=setting.batch)
+        curvature = curvature_of(network, data, plan, traces)
         norms = squared_norms(dict(network.named_parameters()))
         found = spectra(curvature.factors)
         objective = LaplaceEvidence(curvature.log_likelihood, found, norms, prior)

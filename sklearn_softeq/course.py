@@ -94,13 +94,12 @@ class EvidenceStep(Callback):
 
     def evaluate(self, net: SoftEquivariantNet) -> LaplaceEvidence:
         """The evidence at the present weights as a function of the precisions."""
-        generator = torch.Generator().manual_seed(self.seed + len(net.history))
-        data = None
-        if self._traces is not None:
-            traces = self._traces.clone()
-            net.processes_.add(traces)
-            data = net.data_.sample(self.chosen.n_rows, traces, generator)
-        return self._evaluate(net, data, generator)
+        if self._traces is None:
+            return self.complete(net)
+        traces, generator = self._traces.clone(), self._generator(net)
+        net.processes_.add(traces)
+        sample = net.data_.sample(self.chosen.n_rows, traces, generator)
+        return self._evaluate(net, sample, generator)
 
     @property
     def sampled(self) -> bool:
@@ -109,8 +108,10 @@ class EvidenceStep(Callback):
 
     def complete(self, net: SoftEquivariantNet) -> LaplaceEvidence:
         """The evidence of all rows."""
-        generator = torch.Generator().manual_seed(self.seed + len(net.history))
-        return self._evaluate(net, None, generator)
+        return self._evaluate(net, None, self._generator(net))
+
+    def _generator(self, net: SoftEquivariantNet) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed + len(net.history))
 
     def finish(self, net: SoftEquivariantNet, last: LaplaceEvidence | None) -> LaplaceEvidence:
         """The evidence of all data at the end, which ``last`` is if it has seen them all."""

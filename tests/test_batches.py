@@ -176,7 +176,9 @@ def test_no_step_leads_beyond_the_last_row(monkeypatch):
     data, traces = numbered(5000), undecided(5000)
     monkeypatch.setattr(torch, "rand", lambda *_, **k: torch.tensor(1 - 2**-53, dtype=k["dtype"]))
     for size in (4096, 4999):
-        sample_of(data, size, traces)
+        found = sample_of(data, size, traces)
+        assert traces.argmax() + 100 in found.targets  # the last one in their order
+        assert (found.weights > 0).all()
 
 
 def test_rows_that_are_alike_come_in_a_random_order():

@@ -275,8 +275,11 @@ def test_all_rows_are_asked_before_training_returns_to_the_best(monkeypatch, bes
 
 def test_no_row_is_looked_at_when_all_are_seen(monkeypatch):
     monkeypatch.setattr(Categorical, "hessian_trace", None)
-    net_of(burn_in=1, every=1, max_epochs=3).partial_fit(data_of())
-    net_of(burn_in=1, every=1, max_epochs=3, subset=5, steps=0).partial_fit(data_of())
+    for options in ({}, {"subset": 5, "steps": 0}):
+        net = net_of(burn_in=1, every=1, max_epochs=3, **options)
+        assert len(net.partial_fit(data_of()).history) == 3
+    with pytest.raises(TypeError):  # but for a sample they are
+        net_of(burn_in=1, every=1, max_epochs=3, subset=5).partial_fit(data_of())
 
 
 # ── curvature for K-FAC
