@@ -130,7 +130,8 @@ class Pass:
     def spectra(self, seed: int = 0) -> tuple[float, dict[str, Spectrum]]:
         """Log likelihood, and eigenvalues of every tensor."""
         constants, eigenvalues = self.known if self.estimate.warm else (self.constants(), {})
-        plan = CurvaturePlan(self.estimate.estimator, self.estimate.n_rows)
+        copies = 1 if self.estimate.estimator.columns == "exact" else K - 1
+        plan = CurvaturePlan(self.estimate.estimator, self.estimate.n_rows, copies)
         curvature = curvature_of(self.network, self.data, plan, self.traces, seed, constants)
         found = spectra(curvature.factors, eigenvalues)
         kept = {id(factor) for factor in constants.values()}

@@ -175,7 +175,7 @@ def curvature_of(
     """The curvature as a fit estimates it."""
     generator = torch.Generator().manual_seed(seed)
     if plan.n_rows < len(data):
-        data = data.sample(plan.n_rows, traces, generator)
+        data = data.sample(plan.n_rows, traces, generator, plan.copies)
     return kronecker_factors(
         network,
         Categorical(),

@@ -46,8 +46,8 @@ from skorch.callbacks import Callback
 from torch import nn
 
 from sklearn_softeq import SoftEquivariantClassifier
-from sklearn_softeq.budget import CurvaturePlan
-from sklearn_softeq.curvature import Curvature, Estimator
+from sklearn_softeq.budget import CurvaturePlan, rows_of_a_pass
+from sklearn_softeq.curvature import Curvature, Estimator, input_factors
 from sklearn_softeq.kronecker import spectra
 from sklearn_softeq.networks import build_network
 
@@ -200,11 +200,13 @@ def quality(clf: SoftEquivariantClassifier, X: np.ndarray, y: np.ndarray) -> dic
         return found
     data = training_data(X, y)
     traces = traces_of(clf.module_, data)
-    true = log_det(clf, curvature_of(clf.module_, data, every_row, traces))
+    batches = data.in_order(rows_of_a_pass(clf.module_))
+    constants = input_factors(clf.module_, batches, unit_weights=True)  # which a fit has, too
+    true = log_det(clf, curvature_of(clf.module_, data, every_row, traces, 0, constants))
     errors = []
     for seed in range(N_DRAWS):
-        estimate = log_det(clf, curvature_of(clf.module_, data, plan, traces, seed))
-        errors.append(100 * (estimate / true - 1))
+        estimate = curvature_of(clf.module_, data, plan, traces, seed, constants)
+        errors.append(100 * (log_det(clf, estimate) / true - 1))
     return {**found, "log det": true, "log det errors": np.round(errors, 2).tolist()}
 
 

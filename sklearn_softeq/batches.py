@@ -50,14 +50,17 @@ class TrainingData(torch.utils.data.Dataset):
         """Whether every row counts once."""
         return bool((self.weights == 1).all())
 
-    def sample(self, size: int, traces: torch.Tensor, generator: torch.Generator) -> "TrainingData":
+    def sample(
+        self, size: int, traces: torch.Tensor, generator: torch.Generator, copies: int = 1
+    ) -> "TrainingData":
         """So many rows, drawn more often the more they add to the curvature, that stand for all.
 
         Half of a row's chance is its share of the weights, which the input factors need, and half
         its share of the trace of the output Hessian: a network that fits nearly all rows has its
         curvature in the few that it is undecided about. Weights make up for the chances. A row
-        whose chance reaches 1 is taken once, and along the order of traces rows are taken at even
-        steps of their chances, so that every degree of indecision is represented.
+        is taken as often as its chance says, at most ``copies`` times, and along the order of
+        traces rows are taken at even steps of their chances, so that every degree of indecision
+        is represented.
 
         Parameters
         ----------
@@ -67,6 +70,8 @@ class TrainingData(torch.utils.data.Dataset):
             Trace of the output Hessian of each row.
         generator : torch.Generator
             Of the order among equal traces and of the place of the first step; on the CPU.
+        copies : int, default=1
+            More are of use where a row is looked at through random columns, other ones each time.
 
         References
         ----------
@@ -79,7 +84,7 @@ class TrainingData(torch.utils.data.Dataset):
         shares = shares + torch.where(
             curvature.sum() > 0, curvature / curvature.sum().clamp_min(1e-300), shares
         )
-        chances = _chances(shares, size)
+        chances = copies * _chances(shares, size / copies)
         shuffled = torch.randperm(len(self), generator=generator).to(traces.device)
         order = shuffled[traces[shuffled].argsort(stable=True)]
         first = torch.rand((), generator=generator, dtype=torch.float64).item()
@@ -100,7 +105,7 @@ class TrainingData(torch.utils.data.Dataset):
         return zip(*(column.tensor_split(n_batches) for column in columns), strict=True)
 
 
-def _chances(shares: torch.Tensor, size: int) -> torch.Tensor:
+def _chances(shares: torch.Tensor, size: float) -> torch.Tensor:
     """Chances in proportion to shares whose sum is ``size``; none above 1."""
     falling = shares.sort(descending=True).values
     rest = falling.flip(0).cumsum(0).flip(0)  # of each and all smaller ones

@@ -53,10 +53,19 @@ ROW, COLUMN, LENGTHSCALES, CUBE, WEIGHT = 1.1, 0.6, 2.8, 0.4, 120.0
 
 @dataclass(frozen=True)
 class CurvaturePlan:
-    """An estimator, and the number of rows that it sees at each evidence during training."""
+    """An estimator, and the rows that it sees at each evidence during training.
+
+    Parameters
+    ----------
+    estimator : Estimator
+    n_rows : int
+    copies : int, default=1
+        How often one row may be among a subset, each time with random columns of its own.
+    """
 
     estimator: Estimator
     n_rows: int
+    copies: int = 1
 
     def describe(self, n_rows: int) -> str:
         """In words, for data of so many rows."""
@@ -108,19 +117,21 @@ def plan_curvature(
     exact = replace(random, columns="exact")
     if samples >= n_outputs - 1:
         random = exact
+    # A row that has most of the curvature needs as many random columns as it has exact ones.
+    copies = 1 if random.columns == "exact" else max(1, (n_outputs - 1) // samples)
     if curvature != "auto":
-        return CurvaturePlan(random, rows)
+        return CurvaturePlan(random, rows, copies)
     if rows * (n_outputs - 1) <= EXACT_COLUMNS:
         return CurvaturePlan(exact, rows)
     if subset is not None:
-        return CurvaturePlan(random, rows)
+        return CurvaturePlan(random, rows, copies)
     costs = {e: _Cost(network, e, n_outputs, lengthscales) for e in (exact, random)}
     allowed = BUDGET * every * n_rows
     for estimator in (exact, random):
         if costs[estimator](n_rows) <= allowed:
-            return CurvaturePlan(estimator, n_rows)
+            return CurvaturePlan(estimator, n_rows, copies if estimator is random else 1)
     most = bisect_right(range(n_rows), allowed, key=costs[random]) - 1
-    return CurvaturePlan(random, min(max(most, MIN_ROWS), MAX_ROWS, n_rows))
+    return CurvaturePlan(random, min(max(most, MIN_ROWS), MAX_ROWS, n_rows), copies)
 
 
 def rows_of_a_pass(network: nn.Module) -> int:

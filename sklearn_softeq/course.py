@@ -98,7 +98,8 @@ class EvidenceStep(Callback):
             return self.complete(net)
         traces, generator = self._traces.clone(), self._generator(net)
         net.processes_.add(traces)
-        sample = net.data_.sample(self.chosen.n_rows, traces, generator)
+        chosen = self.chosen
+        sample = net.data_.sample(chosen.n_rows, traces, generator, chosen.copies)
         return self._evaluate(net, sample, generator)
 
     @property

@@ -33,7 +33,7 @@ def data_of(n=12, shape=(1, 4, 4), dtype=torch.float64, n_observations=None, wei
 def plan(n_sketches, subset, network, n_rows):
     """So many sketches, 0 for all columns, of so many rows."""
     estimator = Estimator("rademacher", n_sketches) if n_sketches else Estimator()
-    return CurvaturePlan(estimator, subset or n_rows)
+    return CurvaturePlan(estimator, subset or n_rows, K - 1 if n_sketches else 1)
 
 
 EXACT = partial(plan, 0, None)

@@ -94,36 +94,38 @@ def undecided(n, seed=0):
     return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 8
 
 
-def sample_of(data, size, traces, seed=0):
-    found = data.sample(size, traces, torch.Generator().manual_seed(seed))
+def sample_of(data, size, traces, seed=0, copies=1):
+    found = data.sample(size, traces, torch.Generator().manual_seed(seed), copies)
     assert len(found) == size
     assert torch.equal(found.targets, found.inputs.flatten().long() + 100)
     assert found.n_observations == data.n_observations
     return found
 
 
-def means_over_draws(data, size, traces, n_draws):
-    """Over draws: how often each row is met, the weight it then has, and Σ weight · trace."""
+def means_over_draws(data, size, traces, n_draws, copies=1):
+    """Over draws: how often each row is met, the weight it has, and Σ weight · trace."""
     sums = []
     counts = torch.zeros(len(data), dtype=torch.float64)
     weights = torch.zeros(len(data), dtype=torch.float64)
     for seed in range(n_draws):
-        found = sample_of(data, size, traces, seed)
+        found = sample_of(data, size, traces, seed, copies)
         rows = found.targets - 100
-        assert len(rows.unique()) == size
-        counts[rows] += 1
-        weights[rows] += found.weights
+        assert rows.bincount().max() <= copies
+        counts.index_add_(0, rows, torch.ones_like(counts[rows]))
+        weights.index_add_(0, rows, found.weights.double())
         sums.append((found.weights * traces[rows]).sum().double())
     return counts / n_draws, weights / n_draws, torch.stack(sums)
 
 
-@pytest.mark.parametrize("size", [1, 7, 25, 49])
-def test_the_mean_of_many_samples_is_the_data(size):
+@pytest.mark.parametrize(("size", "copies"), [(1, 1), (7, 1), (25, 1), (49, 1), (25, 2), (49, 9)])
+def test_the_mean_of_many_samples_is_the_data(size, copies):
     data = replace(numbered(50), n_observations=500.0)
     traces = undecided(50)
-    chances, weights, sums = means_over_draws(data, size, traces, n_draws=4000)
+    chances, weights, sums = means_over_draws(data, size, traces, 4000, copies)
     expected = data.weights * (500.0 / data.weights.sum())
-    error = (expected**2 * (1 / chances - 1) / 4000).sqrt()  # of a mean of w/π or 0
+    once = chances.clamp_max(1)
+    error = (expected**2 * (1 / once - 1) / 4000).sqrt()  # of a mean of w/π or 0
+    error += expected / chances * (chances > 1) / 4000**0.5  # of one copy more or less
     assert ((weights - expected).abs() <= 5 * error + 1e-9 * expected).all()
     true = expected @ traces
     assert (sums.mean() - true).abs() <= 5 * sums.std() / 4000**0.5 + 1e-9
@@ -195,6 +197,18 @@ def test_a_single_row_may_hold_all_curvature():
     for seed in range(20):
         rows = sample_of(data, 5, traces, seed).targets - 100
         assert 17 in rows
+
+
+def test_a_row_with_most_of_the_curvature_comes_more_than_once():
+    data, traces = replace(numbered(50), weights=torch.ones(50)), torch.full((50,), 0.01)
+    traces[17] = 2.0
+    # Half of 20 by weight, half by trace, of which the row has 2 of 2.49: 20 / 2 · (1/50 + .803).
+    for copies, expected in ((1, 1), (3, 3), (9, 8.23)):
+        found = [sample_of(data, 20, traces, seed, copies) for seed in range(300)]
+        counts = torch.stack([(f.targets == 117).sum() for f in found]).double()
+        assert counts.mean().item() == pytest.approx(expected, abs=0.1)
+        assert counts.max() - counts.min() <= 1
+        assert all(f.weights.sum().item() == pytest.approx(50, rel=0.5) for f in found)
 
 
 @pytest.mark.parametrize(("weights", "unit"), [((1.0, 1.0), True), ((1.0, 2.0), False)])

@@ -102,7 +102,31 @@ def test_what_is_asked_for_is_taken_whatever_it_costs(
     monkeypatch, question, estimator, n_rows, share
 ):
     monkeypatch.setattr(budget, "BUDGET", share)
-    assert question.plan() == CurvaturePlan(estimator, n_rows)
+    found = question.plan()
+    assert (found.estimator, found.n_rows) == (estimator, n_rows)
+
+
+@pytest.mark.parametrize(
+    ("question", "copies"),
+    [
+        # random columns of a row at most as often as it has exact ones
+        (Question(9000, subset=8999), 9),
+        (Question(9000, samples=2, subset=8999), 4),
+        (Question(9000, samples=8, subset=8999), 1),
+        (Question(9000, 100, "rademacher", subset=10), 99),
+        (Question(9000, curvature="monte_carlo", samples=4, subset=10), 2),
+        # exact ones of a row are the same each time
+        (Question(9000, curvature="exact", subset=10), 1),
+        (Question(9000, samples=9, subset=8999), 1),
+        (Question(9000, 2, subset=8999), 1),
+        (Question(9000, subset=3), 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("share", [0.0, 1e9])
+def test_how_often_a_row_may_be_in_a_subset(monkeypatch, question, copies, share):
+    monkeypatch.setattr(budget, "BUDGET", share)
+    assert question.plan().copies == copies
 
 
 # ── auto: few columns are exact

@@ -208,20 +208,21 @@ def test_a_sample_is_drawn_by_the_outputs_of_the_last_epoch(monkeypatch):
     data, seen, watched = data_of(40, weighted=True), [], Watched()
     drawn = TrainingData.sample
 
-    def sample(self, size, traces, generator):
-        seen.append((size, traces.clone(), watched.outputs.softmax(1)))
-        return drawn(self, size, traces, generator)
+    def sample(self, size, traces, generator, copies):
+        seen.append((size, copies, traces.clone(), watched.outputs.softmax(1)))
+        return drawn(self, size, traces, generator, copies)
 
     monkeypatch.setattr(TrainingData, "sample", sample)
-    net = net_of(subset=9, burn_in=2, every=3, max_epochs=8, batch_size=7, callbacks=[watched])
+    settings = {"burn_in": 2, "every": 3, "max_epochs": 8, "batch_size": 7}
+    net = net_of(n_sketches=1, subset=9, callbacks=[watched], **settings)
     # The evidence looks at the outputs after our callback has: callbacks are met in order.
     net.callbacks_.insert(0, net.callbacks_.pop())
     net.partial_fit(data)
     assert len(seen) == 4  # epochs 2, 5, 8 and the last weights; then all rows
-    for size, traces, p in seen:
-        assert size == 9
+    for size, copies, traces, p in seen:
+        assert (size, copies) == (9, K - 1)
         torch.testing.assert_close(traces, 1 - p.square().sum(1))
-    assert not torch.equal(seen[0][1], seen[1][1])
+    assert not torch.equal(seen[0][2], seen[1][2])
 
 
 def test_input_factors_are_computed_once_and_again_for_what_is_released(monkeypatch):
