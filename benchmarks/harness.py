@@ -1,5 +1,6 @@
 """What the benchmarks share: results that are kept, times in turns, images, tables."""
 
+import fcntl
 import json
 import operator
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import sklearn
 import torch
+from scipy.stats import t as student
 from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
@@ -28,11 +30,13 @@ __all__ = [
     "Step",
     "curvature_of",
     "environment",
+    "interval",
     "mark_row",
     "print_marks",
     "print_table",
     "ratio_cells",
     "smooth_images",
+    "standard_error",
     "summary",
     "timed_rounds",
     "traces_of",
@@ -61,11 +65,22 @@ class Results:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # recorded as epochs
                 found = {**compute(), "environment": environment()}
-            # Another process may have added some in the meantime.
-            self.by_key = json.loads(self.path.read_text()) if self.path.exists() else {}
-            self.by_key[key] = found
-            self.path.write_text(json.dumps(self.by_key, indent=1) + "\n")
+            with open(self.path.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                # Another process may have added some in the meantime.
+                self.by_key = json.loads(self.path.read_text()) if self.path.exists() else {}
+                self.by_key[key] = found
+                # Aside first: whoever is interrupted leaves a whole file.
+                aside = self.path.with_suffix(".part")
+                aside.write_text(_lines(self.by_key))
+                aside.replace(self.path)
         return self.by_key[key]
+
+
+def _lines(by_key: dict) -> str:
+    """JSON with a line for each result."""
+    entries = (f"{json.dumps(key)}: {json.dumps(found)}" for key, found in by_key.items())
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def environment():
@@ -108,6 +123,21 @@ def summary(values: np.ndarray) -> dict[str, float]:
 def ratio_cells(ratio: dict[str, float]) -> tuple[str, str]:
     """Median and quartiles in words."""
     return f"{ratio['median']:.2f}", f"{ratio['lower']:.2f} to {ratio['upper']:.2f}"
+
+
+def interval(values, digits: int = 2) -> str:
+    """Mean and half width of its 95 % interval (Student's t)."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return f"{values.mean():.{digits}f}"
+    half = student.ppf(0.975, len(values) - 1) * standard_error(values)
+    return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean; NaN of a single value."""
+    n = len(values)
+    return float(np.std(values, ddof=1) / n**0.5) if n > 1 else float("nan")
 
 
 def smooth_images(

@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from harness import Results, print_table
-from scipy.stats import t as student
+from harness import Results, interval, print_table
 from sklearn.metrics import log_loss
 
 from sklearn_softeq import SoftEquivariantClassifier
@@ -53,15 +52,6 @@ def fit(task, seed, max_epochs):
         "epochs": clf.n_iter_,
         "seconds": seconds,
     }
-
-
-def interval(values, digits=2):
-    """Mean and half width of the interval of the mean."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return f"{values.mean():.{digits}f}"
-    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
 
 
 def rows_of_shares(by_task):
