@@ -152,6 +152,7 @@ class EvidenceStep(Callback):
             net.prior_.index,
             net.course.start.charges(net.module_),
             curvature.slopes,
+            curvature.factors,
         )
 
     def _input_factors(self, net: SoftEquivariantNet) -> dict[str, Factor]:
@@ -429,7 +430,7 @@ class Course(Callback):
         self.mean.load(net.enabled_tensors())
         last = self.evidence.evaluate(net)
         if self.endless:  # the precisions wait for the next one
-            net.laplace_ = last
+            self._conclude(net, last)
             self.evidence.forget_data()
             return
         restored = False
@@ -440,7 +441,11 @@ class Course(Callback):
             if self.best is not None and self.best[0] > figure:
                 restored = self._returned(net, self.best[1])
         self.best = None
-        net.laplace_ = self.evidence.finish(net, None if restored else last)
+        self._conclude(net, self.evidence.finish(net, None if restored else last))
+
+    def _conclude(self, net: SoftEquivariantNet, last: LaplaceEvidence) -> None:
+        net.laplace_, log_precision = last, net.prior_.log_precision.cpu()
+        net.linear_term_ = last.linear_term(net.log_joint_gradients(), log_precision)
 
     def _returned(self, net: SoftEquivariantNet, best: State) -> bool:
         """Return to the best state; where figures are of samples, if all rows say so, too."""

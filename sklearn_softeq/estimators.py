@@ -221,8 +221,12 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         ½ log_det_ratio, in nats; "curvature" and "curvature_rows", how it was estimated.
     log_marginal_likelihood_value_ : float
         Laplace estimate of log p(y | X) of the whole training set at the end, in nats. Compare
-        precisions or pathways within one start by it; between architectures or settings a
-        held-out score is the safer judge.
+        precisions or pathways within one start by it. It is no judge between architectures,
+        pathways or settings that were trained apart: there, score a held-out part.
+    evidence_linear_term_ : float
+        ½ gᵀ(H + δ)⁻¹ g for each observation, in nats, with g the gradient of the log joint and H
+        its curvature: what Laplace's estimate lacks where the weights are not at a mode. Where it
+        is large against a difference of evidences, that difference means nothing.
     prior_precisions_by_name_ : dict of str to float
         Precision of each weight tensor, biases included; inf where a pathway was removed.
     lengthscales_by_name_ : dict of str to float
@@ -668,7 +672,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         log_precision = net.prior_.log_precision.cpu()
         dimensions = net.laplace_.effective_dimensions(log_precision)
         evidence = net.laplace_.evidence(log_precision).value
-        del net.laplace_  # its spectra have served
+        linear_term = net.linear_term_ / data.n_observations
+        del net.laplace_, net.linear_term_  # the spectra have served
         network = net.module_
         self.net_ = net
         losses = [row["train_loss"] for row in net.history if "train_loss" in row]
@@ -676,6 +681,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.n_observations_ = data.n_observations
         self.history_ = _evaluations(net)
         self.log_marginal_likelihood_value_ = evidence
+        self.evidence_linear_term_ = linear_term
         self.scores_ = (
             self.history_["log_marginal_likelihood"] if self.learn_prior else np.array([evidence])
         )

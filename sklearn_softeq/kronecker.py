@@ -115,6 +115,45 @@ class Kronecker:
         sides = zip(dense(self.left), dense(self.right), strict=True)
         return torch.block_diag(*(torch.kron(a, g) for a, g in sides))
 
+    @full_precision()
+    def inverse_form(self, vector: torch.Tensor, precision: float) -> float:
+        """gᵀ (H + δ)⁻¹ g, in float64, block by block.
+
+        Parameters
+        ----------
+        vector : tensor
+            g, of the shape (B, d_out, d_in) of the weights or with as many entries.
+        precision : float
+            δ.
+        """
+        sides = list(zip(_blocks(self.left), _blocks(self.right), strict=True))
+        total = 0.0
+        for (a, g), part in zip(sides, vector.flatten().chunk(len(sides)), strict=True):
+            (left, p), (right, q) = _eigenvectors(a), _eigenvectors(g)
+            part = part.double().view(len(q), len(p))  # (d_out, d_in)
+            squares = (q.T @ part @ p).square()
+            # What lies in neither space of eigenvectors has the eigenvalue 0.
+            rest = (part.square().sum() - squares.sum()).clamp_min(0.0) / precision
+            # Eq. linear term
+            total += ((squares / (right[:, None] * left + precision)).sum() + rest).item()
+        return total
+
+
+def _blocks(factor: Factor) -> list[Factor]:
+    """The factor of each block."""
+    if isinstance(factor, Root):
+        return [Root(rows[None]) for rows in factor.rows]
+    return [matrix[None] for matrix in factor]
+
+
+def _eigenvectors(block: Factor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues (r,) and eigenvectors (d, r) of one block; those left out have eigenvalue 0."""
+    if isinstance(block, Root):
+        _, roots, vectors = torch.linalg.svd(block.rows[0].double(), full_matrices=False)
+        return roots.square(), vectors.T
+    values, vectors = torch.linalg.eigh(block[0].double())
+    return values.clamp_min(0.0), vectors
+
 
 @full_precision()
 def spectra(

@@ -16,7 +16,7 @@ import torch
 
 from .anchors import LOG_OMEGA_BOUNDS
 from .hyperparameters import LOG_PRECISION_BOUNDS
-from .kronecker import Spectrum
+from .kronecker import Kronecker, Spectrum
 
 __all__ = [
     "HYPER_SOLVERS",
@@ -67,6 +67,8 @@ class LaplaceEvidence:
         entry. The evidence itself always counts it once.
     slopes : dict of str to float, optional
         ∂ log p(D | w*) / ∂ log ω by the name of each map with a lengthscale.
+    factors : dict of str to Kronecker, optional
+        The curvature itself, for :meth:`linear_term`.
     """
 
     log_likelihood: float
@@ -75,6 +77,7 @@ class LaplaceEvidence:
     index: dict[str, int]
     charges: Mapping[str, float] = field(default_factory=dict)
     slopes: Mapping[str, float] = field(default_factory=dict)
+    factors: Mapping[str, Kronecker] = field(default_factory=dict)
 
     def evidence(self, log_precision: torch.Tensor) -> Evidence:
         """The estimate and its terms at a vector of log precisions."""
@@ -90,6 +93,27 @@ class LaplaceEvidence:
         """γ of each tensor, between 0 and its number of weights."""
         found = self._of_each(Spectrum.effective_dimensions, log_precision.exp())
         return dict(zip(self.spectra, found.tolist(), strict=True))
+
+    def linear_term(
+        self, gradients: Mapping[str, torch.Tensor], log_precision: torch.Tensor
+    ) -> float:
+        """½ Σ_g ∇_gᵀ (H_g + δ_g)⁻¹ ∇_g, which the estimate lacks away from a mode, in nats.
+
+        It expands the log joint around w* as if that were a mode. With the gradient there the
+        same expansion has its mode elsewhere, and by so much more under it.
+
+        Parameters
+        ----------
+        gradients : mapping of str to tensor
+            ∇ of the log joint in the tensors that are in use.
+        log_precision : tensor
+            log δ, at which these gradients were taken.
+        """
+        precisions = log_precision.exp()
+        return 0.5 * sum(
+            factor.inverse_form(gradients[name], precisions[self.index[name]].item())
+            for name, factor in self.factors.items()
+        )  # Eq. linear term
 
     def balance(self, log_precision: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """c γ, with c the charge, and ‖w‖² of each entry; zero for tensors that are not in use."""

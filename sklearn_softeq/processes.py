@@ -2,7 +2,7 @@
 
 import atexit
 import os
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,6 +33,15 @@ class Processes:
         """Put the sum over all processes into a tensor."""
         if self.size > 1:
             dist.all_reduce(tensor)
+
+    def add_all(self, tensors: Sequence[torch.Tensor]) -> None:
+        """The same for each of some tensors of one dtype, in one go."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        self.add(flat)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
     def agreed(self, value: Any) -> Any:
         """The first process's value, whatever the others have."""

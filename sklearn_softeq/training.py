@@ -229,13 +229,8 @@ class SoftEquivariantNet(NeuralNet):
 
     def _add_gradients(self) -> None:
         """Sum the gradients of all processes, in one go."""
-        if self.processes_.size == 1:
-            return
         grads = [p.grad for p in self.module_.parameters() if p.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        self.processes_.add(flat)
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+        self.processes_.add_all(grads)
 
     @torch.no_grad()
     def train_step(self, batch, **fit_params):
@@ -279,6 +274,26 @@ class SoftEquivariantNet(NeuralNet):
             log_prob = self.criterion_.log_prob(self.module_(inputs), targets)
             log_likelihood += torch.dot(weights.double(), log_prob.double()).item()
         return self.processes_.agreed(1.0 - log_likelihood / constant)
+
+    def log_joint_gradients(self) -> dict[str, torch.Tensor]:
+        """Those of Σ log p(y | x, w) − ½ Σ_g δ_g ‖w_g‖², for N observations, by tensor in use."""
+        tensors, processes = self.enabled_tensors(), self.processes_
+        sums = [torch.zeros_like(tensor) for tensor in tensors.values()]
+        own = slice(processes.rank, None, processes.size)
+        for batch in self.data_.in_order(rows_of_a_pass(self.module_)):
+            inputs, targets, weights = (column[own] for column in batch)
+            with torch.enable_grad():
+                log_prob = self.criterion_.log_prob(self.module_(inputs), targets)
+                found = torch.autograd.grad((weights * log_prob).sum(), list(tensors.values()))
+            for total, part in zip(sums, found, strict=True):
+                total.add_(part)
+        processes.add_all(sums)
+        scale = self.data_.n_observations / self.weight_sum_
+        precisions = self.prior_.precisions()
+        return {
+            name: scale * total - precisions[name] * tensor.detach()
+            for (name, tensor), total in zip(tensors.items(), sums, strict=True)
+        }
 
     def enabled_tensors(self) -> dict[str, torch.Tensor]:
         """The named parameters without those of pathways that are switched off."""

@@ -15,8 +15,15 @@ def laplace(network, likelihood, batch, prior, **options):
     """The objective of a network as it stands."""
     found = kronecker_factors(network, likelihood, [batch], **options)
     norms = squared_norms(dict(network.named_parameters()))
-    factors = spectra(found.factors)
-    return LaplaceEvidence(found.log_likelihood, factors, norms, prior.index, slopes=found.slopes)
+    eigenvalues = spectra(found.factors)
+    return LaplaceEvidence(
+        found.log_likelihood,
+        eigenvalues,
+        norms,
+        prior.index,
+        slopes=found.slopes,
+        factors=found.factors,
+    )
 
 
 def ascend(solver, objective, log_precision, n_steps):

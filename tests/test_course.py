@@ -92,6 +92,23 @@ def test_evidence_is_that_of_the_weights_the_data_and_n():
     assert found.scatter == pytest.approx(2.0 * squares)
 
 
+@pytest.mark.parametrize("endless", [True, False])
+def test_the_linear_term_is_that_of_all_rows_at_the_end(endless):
+    data = data_of(n_observations=50.0)
+    subset = None if endless else 5
+    net = net_of(subset=subset, burn_in=1, every=1, max_epochs=3, endless=endless)
+    net.partial_fit(data)
+    batch = (data.inputs, data.targets, data.weights)
+    factors = kronecker_factors(net.module_, Categorical(), [batch], total_weight=50.0).factors
+    gradients, expected = in_training(net, data).log_joint_gradients(), 0.0
+    for name, delta in net.prior_.precisions().items():
+        matrix, g = factors[name].to_dense(), gradients[name]
+        vector = (g.transpose(1, 2) if g.ndim == 3 else g).flatten()  # the inputs' index is slow
+        eye = torch.eye(len(matrix), dtype=torch.float64)
+        expected += 0.5 * (vector @ torch.linalg.solve(matrix + delta * eye, vector)).item()
+    assert net.linear_term_ == pytest.approx(expected, rel=1e-6)
+
+
 def test_hyper_steps_raise_the_evidence_and_are_recorded():
     data, looks = data_of(), []
 

@@ -711,6 +711,7 @@ def test_weights_are_repetitions(digits, options):
     assert weighted.log_marginal_likelihood_value_ == pytest.approx(
         repeated.log_marginal_likelihood_value_, rel=1e-7
     )
+    assert weighted.evidence_linear_term_ == pytest.approx(repeated.evidence_linear_term_)
     assert weighted.lengthscales_by_name_ == pytest.approx(repeated.lengthscales_by_name_)
 
 

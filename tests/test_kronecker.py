@@ -60,6 +60,25 @@ def test_spectrum_against_the_dense_matrix(shape, delta, rank):
     )
 
 
+def solved(kron, weights, delta):
+    """gᵀ (H + δ)⁻¹ g with the dense matrix."""
+    matrix_ = kron.to_dense()
+    vector = weights.transpose(1, 2).flatten()
+    eye = torch.eye(len(matrix_), dtype=torch.float64)
+    return (vector @ torch.linalg.solve(matrix_ + delta * eye, vector)).item()
+
+
+@each_shape
+@pytest.mark.parametrize("delta", [1e-3, 1.0, 50.0])
+@pytest.mark.parametrize("rank", [None, 1])
+def test_inverse_form_against_the_dense_matrix(shape, delta, rank):
+    kron, (blocks, d_in, d_out) = matrix(shape, rank=rank), shape
+    weights = torch.randn(blocks, d_out, d_in, dtype=torch.float64)
+    expected = pytest.approx(solved(kron, weights, delta), rel=1e-9)
+    assert kron.inverse_form(weights, delta) == expected
+    assert kron.inverse_form(weights.flatten(), delta) == expected
+
+
 def test_a_matrix_is_its_own_dense_form():
     given = positive(2, 3)
     assert dense(given) is given
@@ -104,6 +123,15 @@ def test_dense_matrix_of_roots(sides):
     given, plain = with_roots(sides)
     expected = [torch.kron(a, g) for a, g in zip(plain.left, plain.right, strict=True)]
     close(given.to_dense(), torch.block_diag(*expected))
+
+
+@each_rooted_side
+@pytest.mark.parametrize("delta", [1e-3, 1.0, 50.0])
+def test_inverse_form_of_roots_against_the_dense_matrix(sides, delta):
+    given, plain = with_roots(sides)
+    weights = torch.randn(3, 4, 5, dtype=torch.float64)
+    found = given.inverse_form(weights, delta)
+    assert found == pytest.approx(solved(plain, weights, delta), rel=1e-9)
 
 
 @each_rooted_side

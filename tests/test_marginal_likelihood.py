@@ -14,6 +14,7 @@ from sklearn_softeq.curvature import kronecker_factors
 from sklearn_softeq.hyperparameters import LOG_PRECISION_BOUNDS, LayerwisePrior, squared_norms
 from sklearn_softeq.kronecker import Kronecker, Spectrum, spectra
 from sklearn_softeq.layers import FC, Conv, PathwaySum
+from sklearn_softeq.likelihoods import Gaussian
 from sklearn_softeq.marginal_likelihood import (
     HYPER_SOLVERS,
     AdamSolver,
@@ -61,7 +62,7 @@ def test_terms_against_dense_matrices():
     assert found.log_det_ratio == pytest.approx(log_det)
 
 
-@pytest.mark.parametrize(
+LINEAR_LAYERS = pytest.mark.parametrize(
     ("layer", "shape"),
     [
         (lambda: FC(2, 3, (2, 3)), (2, 2, 3)),
@@ -72,8 +73,9 @@ def test_terms_against_dense_matrices():
     ],
     ids=["fc", "fc-strided", "conv", "conv-strided", "conv-line"],
 )
-@pytest.mark.parametrize("noise_variance", [0.1, 3.0])
-def test_evidence_of_a_linear_layer_is_bayesian_linear_regression(layer, shape, noise_variance):
+
+
+def linear_model(layer, shape):
     layer = layer().double()
     inputs = torch.randn(25, *shape, dtype=torch.float64)
     inputs = inputs - inputs.mean(0)  # so that no cross block of weight and bias is dropped
@@ -81,9 +83,38 @@ def test_evidence_of_a_linear_layer_is_bayesian_linear_regression(layer, shape, 
     model = LinearModel(layer, inputs, targets)
     model.prior.set_precision("layer0.weight", 2.5)
     model.prior.set_precision("layer0.bias", 0.4)
+    return model
+
+
+@LINEAR_LAYERS
+@pytest.mark.parametrize("noise_variance", [0.1, 3.0])
+def test_evidence_of_a_linear_layer_is_bayesian_linear_regression(layer, shape, noise_variance):
+    model = linear_model(layer, shape)
     model.to_mode(noise_variance)
     found = model.objective(noise_variance).evidence(model.prior.log_precision).value
     assert found == pytest.approx(model.closed_form(noise_variance), rel=0, abs=1e-6)
+
+
+@LINEAR_LAYERS
+@pytest.mark.parametrize("noise_variance", [0.1, 3.0])
+def test_with_the_linear_term_the_evidence_is_right_away_from_the_mode(
+    layer, shape, noise_variance
+):
+    # In an expansion that is exact the estimate lacks nothing else.
+    model = linear_model(layer, shape)
+    model.set_weights(torch.randn(model.design.shape[1], dtype=torch.float64))
+    likelihood, precisions = Gaussian(noise_variance), model.prior.precisions()
+    batch = (model.inputs, model.targets, torch.ones(25, dtype=torch.float64))
+    log_joint = likelihood.log_prob(model.network(model.inputs), model.targets).sum()
+    for name, weight in model.tensors.items():
+        log_joint = log_joint - 0.5 * precisions[name] * weight.square().sum()
+    found = torch.autograd.grad(log_joint, list(model.tensors.values()))
+    gradients = dict(zip(model.tensors, found, strict=True))
+    objective = laplace(model.network, likelihood, batch, model.prior)
+    term = objective.linear_term(gradients, model.prior.log_precision)
+    without = objective.evidence(model.prior.log_precision).value
+    assert term > 1.0
+    assert without + term == pytest.approx(model.closed_form(noise_variance), rel=1e-9)
 
 
 # ── the gradient

@@ -63,6 +63,7 @@ FIT = """
         "weights": {name: w.detach().numpy() for name, w in clf.module_.named_parameters()},
         "precisions": clf.prior_precisions_by_name_,
         "evidence": clf.log_marginal_likelihood_value_,
+        "linear term": clf.evidence_linear_term_,
         "scores": clf.scores_,
         "losses": clf.loss_curve_,
         "probabilities": clf.predict_proba(X),
@@ -96,7 +97,7 @@ def launch(tmp_path, n_processes, *, script=FIT, n_rows=41, timeout=120, **setti
 
 
 def same(found, expected, **tolerance):
-    for key in ("scores", "losses", "probabilities", "copy", "evidence"):
+    for key in ("scores", "losses", "probabilities", "copy", "evidence", "linear term"):
         np.testing.assert_allclose(found[key], expected[key], err_msg=key, **tolerance)
     for key in ("weights", "precisions"):
         for name, value in expected[key].items():

@@ -24,7 +24,7 @@ from nets import (
 from skorch.callbacks import Callback
 from torch import nn
 
-from sklearn_softeq import course
+from sklearn_softeq import course, training
 from sklearn_softeq.batches import TrainingData
 from sklearn_softeq.layers import FC
 from sklearn_softeq.marginal_likelihood import (
@@ -111,6 +111,20 @@ def test_what_is_switched_off_has_no_gradient_and_does_not_move():
         off = ".factored_fc." in name
         assert all((gradients[name] is None) == off for gradients in record.gradients)
         assert torch.equal(w, before[name]) == off
+
+
+def test_gradients_of_the_log_joint_are_those_of_all_rows_for_n_observations(monkeypatch):
+    data = data_of(n_observations=50.0)
+    net = in_training(net_of(pathways=("conv", "factored_fc", "fc"), precision=2.0), data)
+    net.module_.blocks[0].enabled["fc"] = False
+    monkeypatch.setattr(training, "rows_of_a_pass", lambda network: 5)  # of 12
+    found = net.log_joint_gradients()
+    on = {n: w for n, w in net.module_.named_parameters() if not n.startswith("blocks.0.fc.")}
+    loss = negative_log_joint(net, data, net.prior_.precisions())
+    expected = torch.autograd.grad(-50.0 * loss, list(on.values()))
+    assert list(found) == list(on)
+    for gradient, whole in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(gradient, whole)
 
 
 @pytest.mark.parametrize("batch_size", [128, 5])
