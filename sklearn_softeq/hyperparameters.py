@@ -44,6 +44,12 @@ class LayerwisePrior(nn.Module):
         start = torch.full((len(self.index),), self.start, dtype=torch.float64)
         self.register_buffer("log_precision", start)
 
+    def keep(self, names: Iterable[str]) -> None:
+        """Go on with these tensors alone, in their order."""
+        names = list(names)
+        self.log_precision = self.log_precision[[self.index[name] for name in names]]
+        self.index = {name: i for i, name in enumerate(names)}
+
     def reset(self) -> None:
         """Bring every δ back to its start."""
         self.log_precision.fill_(self.start)

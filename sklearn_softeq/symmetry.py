@@ -70,9 +70,9 @@ def precision_table(network: SoftEquivariantNetwork, precisions: Mapping[str, fl
     return table
 
 
-def enabled_table(network: SoftEquivariantNetwork) -> np.ndarray:
-    """Which pathways are there and on, bool of shape (L, P)."""
-    names = pathway_names(network)
+def enabled_table(network: SoftEquivariantNetwork, names: list[str] | None = None) -> np.ndarray:
+    """Which pathways, of any or of these names, are there and on, bool of shape (L, P)."""
+    names = pathway_names(network) if names is None else names
     layers = network.layers.values()
     return np.array([[layer.enabled.get(name, False) for name in names] for layer in layers])
 

@@ -6,7 +6,7 @@ else happens, from evidences to the end, is up to the callbacks of :mod:`sklearn
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -135,11 +135,18 @@ class SoftEquivariantNet(NeuralNet):
             raise ValueError(
                 "A fitted model can be trained further only with the same image shape, classes, "
                 "pathways, architecture, width and anchor_fraction; at least one has changed. "
-                "Set warm_start=False, or fit a new estimator."
+                "So it is after simplify(). Set warm_start=False, or fit a new estimator."
             )
         restore(self.module_, self.prior_, state_of(previous.module_, previous.prior_))
         if history:
             self.history_ = copy.deepcopy(previous.history)
+
+    def discard(self, pathways: Iterable[tuple[str, str]]) -> None:
+        """Take pathways out, given by layer and name, with their precisions and moments."""
+        for layer, name in pathways:
+            self.module_.layers[layer].discard(name)
+        self.prior_.keep(name for name, _ in self.module_.named_parameters())
+        self.initialize_optimizer()
 
     def partial_fit(self, X, y=None, classes=None, **fit_params):
         """Train on a :class:`TrainingData`; an interrupt is not swallowed, unlike skorch's."""

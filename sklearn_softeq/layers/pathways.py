@@ -138,6 +138,12 @@ class PathwaySum(nn.Module):
         for parameter in self.pathways[name].parameters():
             parameter.zero_()
 
+    def discard(self, name: str) -> None:
+        """Take a pathway out of the sum; another one has to be left."""
+        assert any(on for other, on in self.enabled.items() if other != name)
+        delattr(self, name)
+        del self.enabled[name]
+
     def removed(self, name: str) -> bool:
         """Whether a pathway was removed, as against held back until later."""
         return not self.enabled[name] and not any(p.any() for p in self.pathways[name].parameters())

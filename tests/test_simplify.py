@@ -1,0 +1,164 @@
+"""Fitted classifiers without the pathways that are of no use any more."""
+
+import pickle
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+
+from sklearn_softeq import SoftEquivariantClassifier, SymmetryDisplay
+
+SHORT = {
+    "width": 2,
+    "max_epochs": 8,
+    "burn_in": 2,
+    "evidence_every": 2,
+    "start": "joint",
+    "random_state": 0,
+    "tol": 1e9,
+}
+
+
+def digits(n=60):
+    images, labels = load_digits(return_X_y=True)
+    return images[:n].reshape(-1, 8, 8), labels[:n]
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:The log evidence had not settled")
+
+
+@pytest.fixture
+def fitted():
+    clf = SoftEquivariantClassifier(**SHORT).fit(*digits())
+    # As the evidence does with what it switches off.
+    for i in (0, 2):
+        layer = clf.module_.layers[clf.layer_names_[i]]
+        layer.remove("factored_fc")
+        clf.prior_precision_[i, 1] = np.inf
+        for table in (clf.effective_dimensions_, clf.output_share_, clf.symmetry_):
+            table[i, 1] = 0
+    return clf
+
+
+def test_what_was_removed_is_gone_and_predictions_are_the_same(fitted):
+    X, _ = digits(90)
+    before = fitted.predict_proba(X)
+    n_before = fitted.n_weights_.copy()
+    simple = fitted.simplify(X, threshold=0)
+    report = simple.simplification_
+    gone = [(fitted.layer_names_[i], "factored_fc") for i in (0, 2)]
+    assert report.removed == gone
+    assert report.change == 0
+    np.testing.assert_array_equal(simple.predict_proba(X), before)
+    left = {name for name, _ in simple.module_.named_parameters()}
+    named = dict(fitted.module_.named_parameters())
+    lost = {n for n in named if any(n.startswith(f"{layer}.{path}.") for layer, path in gone)}
+    assert left == named.keys() - lost
+    n_lost = sum(named[name].numel() for name in lost)
+    assert n_lost == n_before[[0, 2], 1].sum()
+    n_weights = sum(w.numel() for w in named.values())
+    assert report.n_weights == (n_weights, n_weights - n_lost)
+    assert all(seconds > 0 for seconds in report.seconds)
+    # The classifier itself is as it was.
+    np.testing.assert_array_equal(fitted.n_weights_, n_before)
+    np.testing.assert_array_equal(fitted.predict_proba(X), before)
+    assert not hasattr(fitted, "simplification_")
+
+
+def test_tables_of_what_is_left(fitted):
+    simple = fitted.simplify(digits()[0], threshold=0)
+    for i in (0, 2):
+        assert simple.prior_precision_[i, 1] == np.inf
+        for table in (simple.effective_dimensions_, simple.n_weights_, simple.output_share_):
+            assert table[i, 1] == 0
+            assert table[i, 0] > 0
+    for table in (simple.symmetry_, simple.symmetry_per_weight_, simple.output_share_):
+        np.testing.assert_allclose(table.sum(1), 1)
+    np.testing.assert_array_equal(simple.prior_precision_[1], fitted.prior_precision_[1])
+    infinite = {n for n, value in simple.prior_precisions_by_name_.items() if value == np.inf}
+    assert infinite == {
+        f"{fitted.layer_names_[i]}.factored_fc.{factor}.{kind}"
+        for i in (0, 2)
+        for factor in "UV"
+        for kind in ("weight", "bias")
+    }
+    assert simple.log_marginal_likelihood_value_ == fitted.log_marginal_likelihood_value_
+
+
+def test_what_is_below_the_threshold_goes_if_predictions_allow():
+    clf, X = SoftEquivariantClassifier(**SHORT).fit(*digits()), digits(90)[0]
+    small = np.maximum(clf.symmetry_, clf.output_share_)
+    threshold = float(np.nextafter(small.min(), 1))  # one is below
+    assert threshold < 0.5
+    i, j = np.unravel_index(small.argmin(), small.shape)
+    expected = [(clf.layer_names_[i], clf.pathway_names_[j])]
+    with pytest.raises(ValueError, match="a probability changes by .* more than tol=1e-09"):
+        clf.simplify(X, threshold=threshold, tol=1e-9)
+    simple = clf.simplify(X, threshold=threshold, tol=1.0)
+    assert simple.simplification_.removed == expected
+    change = np.abs(simple.predict_proba(X) - clf.predict_proba(X)).max()
+    assert simple.simplification_.change == pytest.approx(change)
+    assert 0 < change <= 1
+
+
+def test_each_layer_keeps_the_pathway_that_gives_most():
+    clf, X = SoftEquivariantClassifier(**SHORT).fit(*digits()), digits()[0]
+    simple = clf.simplify(X, threshold=1.0, tol=1.0)
+    for i, layer in enumerate(simple.module_.layers.values()):
+        assert list(layer.enabled) == [clf.pathway_names_[clf.output_share_[i].argmax()]]
+    assert np.isfinite(simple.predict_proba(X)).all()
+
+
+def test_pathways_that_were_never_released_go():
+    clf = SoftEquivariantClassifier(**{**SHORT, "start": "symmetric"})
+    X, y = digits()
+    clf.partial_fit(X, y, classes=np.arange(10))
+    simple = clf.simplify(X)
+    assert {name for _, name in simple.simplification_.removed} == {"factored_fc"}
+    np.testing.assert_array_equal(simple.predict_proba(X), clf.predict_proba(X))
+
+
+def test_a_simple_classifier_is_a_classifier(fitted):
+    X, y = digits()
+    simple = fitted.simplify(X, threshold=0)
+    again = pickle.loads(pickle.dumps(simple))
+    np.testing.assert_array_equal(again.predict_proba(X), simple.predict_proba(X))
+    assert again.simplification_.removed == simple.simplification_.removed
+    assert simple.score(X, y) == fitted.score(X, y)
+    errors = simple.equivariance_error(X)
+    assert errors.layers[0] == pytest.approx(0, abs=1e-5)  # a convolution alone
+    np.testing.assert_allclose(errors.layers, fitted.equivariance_error(X).layers)
+    SymmetryDisplay.from_estimator(simple)
+    assert clone(simple).get_params() == fitted.get_params()
+    assert not hasattr(clone(simple).fit(X, y), "simplification_")
+    assert simple.simplify(X, threshold=0).simplification_.removed == []
+
+
+def test_a_simple_classifier_can_be_trained_on_by_chunks_only():
+    X, y = digits()
+    clf = SoftEquivariantClassifier(**{**SHORT, "optimizer": "kfac"})
+    for _ in range(4):
+        clf.partial_fit(X, y, classes=np.arange(10))
+    clf.module_.layers["blocks.0"].remove("factored_fc")
+    simple = clf.simplify(X, threshold=0)
+    before = simple.predict_proba(X)
+    simple.partial_fit(X, y)
+    assert not np.array_equal(simple.predict_proba(X), before)
+    assert simple.n_weights_.shape == simple.symmetry_.shape
+    simple.set_params(warm_start=True)
+    with pytest.raises(ValueError, match=r"simplify\(\)"):
+        simple.fit(X, y)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"threshold": -0.1}, ValueError),
+        ({"threshold": "low"}, TypeError),
+        ({"tol": -1}, ValueError),
+    ],
+)
+def test_bad_options(fitted, options, error):
+    with pytest.raises(error):
+        fitted.simplify(digits()[0], **options)
