@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import math
-import time
 import warnings
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import Bunch, check_random_state, check_scalar
+from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
@@ -30,6 +29,7 @@ from .networks import ARCHITECTURES, build_network
 from .predictive import log_odds, map_outputs
 from .processes import alone, joined
 from .schedules import LR_SCHEDULES, STARTS, LearningRate, Plateau
+from .simplification import simplified
 from .symmetry import (
     enabled_table,
     equivariance_errors,
@@ -823,65 +823,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             still of use; lower it.
         """
         check_is_fitted(self)
-        check_scalar(threshold, "threshold", Real, min_val=0, max_val=1)
-        check_scalar(tol, "tol", Real, min_val=0)
-        enabled = enabled_table(self.module_, self.pathway_names_)
-        kept = np.maximum(self.symmetry_, self.output_share_) >= threshold
-        kept[np.arange(len(kept)), np.where(enabled, self.output_share_, -1).argmax(1)] = True
-        pairs = [
-            (i, j)
-            for i, layer in enumerate(self.module_.layers.values())
-            for j, name in enumerate(self.pathway_names_)
-            if name in layer.enabled and not (kept[i, j] and enabled[i, j])
-        ]
-        removed = [(self.layer_names_[i], self.pathway_names_[j]) for i, j in pairs]
-        simple = copy.deepcopy(self)
-        simple.net_.discard(removed)
-        simple._forget(pairs)
-        before, after = (clf._timed_probabilities(X) for clf in (self, simple))
-        change = float(np.abs(after[0] - before[0]).max())
-        if change > tol:
-            raise ValueError(
-                f"Without the pathways below threshold={threshold} a probability changes by "
-                f"{change:.2g}, more than tol={tol}. Lower the threshold, or accept it with a "
-                "larger tol."
-            )
-        n_weights = tuple(
-            sum(p.numel() for p in clf.module_.parameters()) for clf in (self, simple)
-        )
-        simple.simplification_ = Bunch(
-            removed=removed, change=change, n_weights=n_weights, seconds=(before[1], after[1])
-        )
-        return simple
-
-    def _forget(self, pairs: list[tuple[int, int]]) -> None:
-        """Take pathways, by layer and column, out of the fitted attributes."""
-        for i, j in pairs:
-            self.prior_precision_[i, j] = np.inf
-            for table in (self.effective_dimensions_, self.n_weights_, self.output_share_):
-                table[i, j] = 0
-        enabled = enabled_table(self.module_, self.pathway_names_)
-        self.output_share_ = shares(self.output_share_, enabled)
-        self.symmetry_ = shares(self.effective_dimensions_, enabled)
-        per_weight = self.effective_dimensions_ / np.maximum(self.n_weights_, 1)
-        self.symmetry_per_weight_ = shares(per_weight, enabled)
-        left = dict(self.module_.named_parameters())
-        for name in self.prior_precisions_by_name_.keys() - left.keys():
-            self.prior_precisions_by_name_[name] = np.inf
-        self.lengthscales_by_name_ = {
-            name: value
-            for name, value in self.lengthscales_by_name_.items()
-            if f"{name}.weight" in left
-        }
-
-    def _timed_probabilities(self, X) -> tuple[np.ndarray, float]:
-        """Probabilities, and the shortest of five times that they took."""
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            found = self.predict_proba(X)
-            seconds.append(time.perf_counter() - start)
-        return found, min(seconds)
+        return simplified(self, X, threshold, tol)
 
     def equivariance_error(self, X, group="translation"):
         """How far the layers and the whole network are from commuting with a group.

@@ -51,6 +51,7 @@ ORDER = (
     "training",
     "course",
     # surface
+    "simplification",
     "estimators",
     "display",
 )
@@ -58,7 +59,7 @@ ORDER = (
 # Where a library is met; all others stay free of it.
 HOMES = {
     "matplotlib": {"display"},
-    "sklearn": {"validation", "datasets", "estimators", "display"},
+    "sklearn": {"validation", "datasets", "simplification", "estimators", "display"},
     "skorch": {"training", "course"},
 }
 
