@@ -61,6 +61,8 @@ class Results:
 
     def get(self, key, compute):
         """The result of this key, computed only if it is not there."""
+        if key not in self.by_key and self.path.exists():
+            self.by_key = json.loads(self.path.read_text())  # another process may have been here
         if key not in self.by_key:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # recorded as epochs

@@ -14,7 +14,8 @@ and 2000 of MNIST's test images.
         [--report]
 
 What is there already is left out; several processes may write to one file. `--report` fits nothing.
-MNIST comes from an npz file with X_train, y_train, X_test, y_test or from OpenML.
+MNIST comes from an npz file with X_train, X_test of the shape (n, 1, 28, 28) from 0 to 255 and
+y_train, y_test, or from OpenML. Processes that write to one file should have seeds of their own.
 """
 
 import argparse
@@ -160,11 +161,13 @@ class Run:
                 log_loss(y_train, clf.predict_proba(X_train), labels=clf.classes_), 4
             ),
             "log_evidence": round(clf.log_marginal_likelihood_value_ / len(y_train), 4),
+            "linear_term": round(clf.evidence_linear_term_, 4),
             "shifts": rounded([*shifts.layers, shifts.logits]),
             "turns": rounded([*turns.layers, turns.logits]),
             "pathways": clf.pathway_names_,
             "effective_dimensions": rounded(clf.effective_dimensions_, 2),
             "log_precisions": rounded(np.log(clf.prior_precision_), 2),
+            "removed": np.isposinf(clf.prior_precision_).tolist(),
             "output_share": rounded(clf.output_share_),
             "weights": sum(p.numel() for p in clf.module_.parameters()),
             "epochs": clf.n_iter_,
@@ -207,7 +210,8 @@ def table_of(fits: Fits) -> list[tuple[str, ...]]:
                 interval([f["nll"] for f in found], 3),
                 interval(regret, 3) if len(regret) else "",
                 interval([f["ece"] for f in found], 3),
-                interval([f["log_evidence"] for f in found]) if prior == "learned" else "",
+                interval([f["log_evidence"] for f in found]),
+                interval([f["linear_term"] for f in found]),
                 interval([free(f, "effective_dimensions").sum() for f in found], 1),
                 interval([f["shifts"][-1] for f in found]),
                 interval([f["turns"][-1] for f in found]),
@@ -229,7 +233,10 @@ def free(fit: dict, figure: str) -> np.ndarray:
 def best_hard_coded(fits: Fits) -> tuple[str, str] | None:
     """The network with one pathway, and learned prior, of the best mean NLL."""
     there = [(model, "learned") for model in HARD_CODED if (model, "learned") in fits]
-    return min(there, key=lambda k: np.mean([f["nll"] for f in fits[k].values()]), default=None)
+    seeds = set.intersection(*(set(fits[k]) for k in there)) if there else set()
+    if not seeds:
+        return None
+    return min(there, key=lambda k: np.mean([fits[k][seed]["nll"] for seed in seeds]))
 
 
 def differences(fits: Fits, one: tuple, other: tuple, figure: str) -> np.ndarray:
@@ -302,11 +309,12 @@ if __name__ == "__main__":
             print(f"  {run.key}", flush=True)
         found = kept.get(run.key, lambda run=run: run.measure(options.mnist))
         fits.setdefault((model, prior), {})[seed] = found
-    head = ("model", "prior", "fits", "accuracy, %", "NLL", "regret", "ECE", "log evidence")
+    head = ("model", "prior", "fits", "accuracy, %", "NLL", "regret", "ECE")
+    evidence = ("log evidence", "linear term")
     errors = ("γ of free pathways", "logits, shifts", "logits, turns", "epochs", "seconds")
     for (data, task), fits in cells.items():
         if fits:
             print(f"\n{data}, {task}")
-            print_table((*head, *errors), table_of(fits))
+            print_table((*head, *evidence, *errors), table_of(fits))
     what = ("NLL", "log evidence", "accuracy, %", "NLL, learned − MAP")
     print_table(("set", "task", "best hard-coded", "pairs", *what, "met"), promises(cells))

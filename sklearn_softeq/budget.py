@@ -129,7 +129,7 @@ def plan_curvature(
     allowed = BUDGET * every * n_rows
     for estimator in (exact, random):
         if costs[estimator](n_rows) <= allowed:
-            return CurvaturePlan(estimator, n_rows, copies if estimator is random else 1)
+            return CurvaturePlan(estimator, n_rows)
     most = bisect_right(range(n_rows), allowed, key=costs[random]) - 1
     return CurvaturePlan(random, min(max(most, MIN_ROWS), MAX_ROWS, n_rows), copies)
 

@@ -4,7 +4,9 @@
 about learning rate, release of pathways and the end.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,10 +94,13 @@ class EvidenceStep(Callback):
         """Drop the slopes: the weights that they belong to are gone."""
         self._slopes = {}
 
-    def evaluate(self, net: SoftEquivariantNet) -> LaplaceEvidence:
-        """The evidence at the present weights as a function of the precisions."""
+    def evaluate(self, net: SoftEquivariantNet, keep: bool = False) -> LaplaceEvidence:
+        """The evidence at the present weights as a function of the precisions.
+
+        With ``keep`` it holds the curvature itself, too, if that is of all rows.
+        """
         if self._traces is None:
-            return self.complete(net)
+            return self.complete(net, keep)
         traces, generator = self._traces.clone(), self._generator(net)
         net.processes_.add(traces)
         chosen = self.chosen
@@ -107,21 +112,19 @@ class EvidenceStep(Callback):
         """Whether evidences are of a sample of the rows."""
         return self._traces is not None
 
-    def complete(self, net: SoftEquivariantNet) -> LaplaceEvidence:
+    def complete(self, net: SoftEquivariantNet, keep: bool = False) -> LaplaceEvidence:
         """The evidence of all rows."""
-        return self._evaluate(net, None, self._generator(net))
+        return self._evaluate(net, None, self._generator(net), keep)
 
     def _generator(self, net: SoftEquivariantNet) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed + len(net.history))
 
-    def finish(self, net: SoftEquivariantNet, last: LaplaceEvidence | None) -> LaplaceEvidence:
-        """The evidence of all data at the end, which ``last`` is if it has seen them all."""
-        found = self.complete(net) if self.sampled or last is None else last
-        self.forget_data()
-        return found
-
     def _evaluate(
-        self, net: SoftEquivariantNet, sample: TrainingData | None, generator: torch.Generator
+        self,
+        net: SoftEquivariantNet,
+        sample: TrainingData | None,
+        generator: torch.Generator,
+        keep: bool = False,
     ) -> LaplaceEvidence:
         data = net.data_ if sample is None else sample
         curvature = kronecker_factors(
@@ -152,7 +155,7 @@ class EvidenceStep(Callback):
             net.prior_.index,
             net.course.start.charges(net.module_),
             curvature.slopes,
-            curvature.factors,
+            curvature.factors if keep else {},
         )
 
     def _input_factors(self, net: SoftEquivariantNet) -> dict[str, Factor]:
@@ -428,24 +431,27 @@ class Course(Callback):
     def on_train_end(self, net, **kwargs):
         """Take the mean weights of the cool-down, or the best state seen, and evaluate it."""
         self.mean.load(net.enabled_tensors())
-        last = self.evidence.evaluate(net)
+        evidence = self.evidence
+        last = evidence.evaluate(net, keep=not self.endless)
         if self.endless:  # the precisions wait for the next one
-            self._conclude(net, last)
-            self.evidence.forget_data()
+            net.laplace_, net.linear_term_ = last, math.nan
+            evidence.forget_data()
             return
         restored = False
         if not self.holding:
-            final = self.evidence.ascend(net, last)
+            final = evidence.ascend(net, last)
             joint = final.log_likelihood - 0.5 * final.scatter
-            figure = (final.value if self.evidence.steps else joint) / net.data_.n_observations
+            figure = (final.value if evidence.steps else joint) / net.data_.n_observations
             if self.best is not None and self.best[0] > figure:
                 restored = self._returned(net, self.best[1])
         self.best = None
-        self._conclude(net, self.evidence.finish(net, None if restored else last))
-
-    def _conclude(self, net: SoftEquivariantNet, last: LaplaceEvidence) -> None:
-        net.laplace_, log_precision = last, net.prior_.log_precision.cpu()
+        if restored or evidence.sampled:
+            del last  # the curvature of these weights or rows
+            last = evidence.complete(net, keep=True)
+        evidence.forget_data()
+        log_precision = net.prior_.log_precision.cpu()
         net.linear_term_ = last.linear_term(net.log_joint_gradients(), log_precision)
+        net.laplace_ = replace(last, factors={})
 
     def _returned(self, net: SoftEquivariantNet, best: State) -> bool:
         """Return to the best state; where figures are of samples, if all rows say so, too."""

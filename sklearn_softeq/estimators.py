@@ -227,7 +227,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     evidence_linear_term_ : float
         ½ gᵀ(H + δ)⁻¹ g for each observation, in nats, with g the gradient of the log joint and H
         its curvature: what Laplace's estimate lacks where the weights are not at a mode. Where it
-        is large against a difference of evidences, that difference means nothing.
+        is large against a difference of ``log_marginal_likelihood_value_ / n_observations_``,
+        that difference means nothing. NaN after ``partial_fit``, for which it would be too dear.
     prior_precisions_by_name_ : dict of str to float
         Precision of each weight tensor, biases included; inf where a pathway was removed.
     lengthscales_by_name_ : dict of str to float
@@ -677,6 +678,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         del net.laplace_, net.linear_term_  # the spectra have served
         network = net.module_
         self.net_ = net
+        vars(self).pop("simplification_", None)  # of what it was before
         losses = [row["train_loss"] for row in net.history if "train_loss" in row]
         self.n_iter_, self.loss_curve_ = len(losses), np.array(losses)
         self.n_observations_ = data.n_observations
@@ -794,7 +796,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         """A copy without the pathways that the evidence has switched off.
 
         What is left has fewer weights, and predicts as before within a tolerance. Pathways that
-        were removed during training go in any case.
+        were removed during training go in any case. The copy of a model that was fitted by ``fit``
+        cannot be trained further; one of ``partial_fit`` can.
 
         Parameters
         ----------
@@ -812,7 +815,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         SoftEquivariantClassifier
             It has ``simplification_``, a Bunch with ``removed``, list of (layer, pathway);
             ``change``, the largest change of a probability on X; ``n_weights``, ``seconds``: pairs
-            of numbers before and after, the latter of ``predict_proba(X)``, the shortest of five.
+            of numbers before and after, the latter of ``predict_proba(X)``, the shortest of three.
             In the tables of its pathways what is gone has the precision inf and zeros; the
             evidence is that of the fit.
 

@@ -127,7 +127,7 @@ class Kronecker:
             δ.
         """
         sides = list(zip(_blocks(self.left), _blocks(self.right), strict=True))
-        total = 0.0
+        total = vector.new_zeros((), dtype=torch.float64)
         for (a, g), part in zip(sides, vector.flatten().chunk(len(sides)), strict=True):
             (left, p), (right, q) = _eigenvectors(a), _eigenvectors(g)
             part = part.double().view(len(q), len(p))  # (d_out, d_in)
@@ -135,8 +135,8 @@ class Kronecker:
             # What lies in neither space of eigenvectors has the eigenvalue 0.
             rest = (part.square().sum() - squares.sum()).clamp_min(0.0) / precision
             # Eq. linear term
-            total += ((squares / (right[:, None] * left + precision)).sum() + rest).item()
-        return total
+            total += (squares / (right[:, None] * left + precision)).sum() + rest
+        return total.item()
 
 
 def _blocks(factor: Factor) -> list[Factor]:
@@ -149,8 +149,11 @@ def _blocks(factor: Factor) -> list[Factor]:
 def _eigenvectors(block: Factor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues (r,) and eigenvectors (d, r) of one block; those left out have eigenvalue 0."""
     if isinstance(block, Root):
-        _, roots, vectors = torch.linalg.svd(block.rows[0].double(), full_matrices=False)
-        return roots.square(), vectors.T
+        rows = block.rows[0].double()
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        there = values > 1e-12 * values[-1]  # others are rounding
+        values = values[there]
+        return values, rows.T @ vectors[:, there] * values.rsqrt()
     values, vectors = torch.linalg.eigh(block[0].double())
     return values.clamp_min(0.0), vectors
 

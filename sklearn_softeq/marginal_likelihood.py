@@ -189,6 +189,8 @@ class FixedPointSolver:
 class Ascent:
     """Adam on a vector of logarithms, ascending; its moments last from step to step.
 
+    A vector of another length, as after pathways were taken out, begins anew.
+
     Parameters
     ----------
     rate : float
@@ -208,7 +210,7 @@ class Ascent:
 
     def step(self, vector: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """One step from a vector along a gradient."""
-        if self._adam is None:
+        if self._adam is None or len(vector) != len(self._vector):
             self._vector = vector.clone()
             self._adam = torch.optim.Adam([self._vector], lr=self.rate, eps=self.eps, maximize=True)
         self._vector.copy_(vector)

@@ -13,7 +13,7 @@ from .symmetry import enabled_table, shares
 
 __all__ = ["simplified"]
 
-N_TIMINGS = 5
+N_TIMINGS = 3
 
 
 def simplified(clf: Any, X, threshold: float, tol: float) -> Any:
@@ -23,6 +23,8 @@ def simplified(clf: Any, X, threshold: float, tol: float) -> Any:
     """
     check_scalar(threshold, "threshold", Real, min_val=0, max_val=1)
     check_scalar(tol, "tol", Real, min_val=0)
+    if not np.isfinite([threshold, tol]).all():
+        raise ValueError(f"threshold={threshold} and tol={tol} have to be finite numbers.")
     places = _idle(clf, threshold)
     removed = [(clf.layer_names_[i], clf.pathway_names_[j]) for i, j in places]
     simple = copy.deepcopy(clf)
@@ -44,18 +46,20 @@ def simplified(clf: Any, X, threshold: float, tol: float) -> Any:
 
 
 def _idle(clf: Any, threshold: float) -> list[tuple[int, int]]:
-    """Places (layer, pathway) in the tables of what is off, or below the threshold.
+    """Places (layer, pathway) in the tables of what was removed, or is below the threshold.
 
-    Each layer keeps the pathway that gives most of its output.
+    Each layer keeps the pathway that gives most of its output, and what is held back for a release
+    that is still to come.
     """
     enabled = enabled_table(clf.module_, clf.pathway_names_)
-    kept = enabled & (np.maximum(clf.symmetry_, clf.output_share_) >= threshold)
+    kept = np.maximum(clf.symmetry_, clf.output_share_) >= threshold
     kept[np.arange(len(kept)), np.where(enabled, clf.output_share_, -1.0).argmax(1)] = True
     return [
         (i, j)
         for i, layer in enumerate(clf.module_.layers.values())
         for j, name in enumerate(clf.pathway_names_)
-        if name in layer.enabled and not kept[i, j]
+        if name in layer.enabled
+        and (layer.removed(name) or (enabled[i, j] and not kept[i, j]))
     ]
 
 

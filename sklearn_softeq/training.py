@@ -15,6 +15,7 @@ import torch
 from skorch import NeuralNet
 
 from .budget import rows_of_a_pass
+from .devices import full_precision
 from .hyperparameters import LayerwisePrior
 from .kfac import KFAC
 from .layers import PathwaySum
@@ -134,8 +135,8 @@ class SoftEquivariantNet(NeuralNet):
         if shapes != known:
             raise ValueError(
                 "A fitted model can be trained further only with the same image shape, classes, "
-                "pathways, architecture, width and anchor_fraction; at least one has changed. "
-                "So it is after simplify(). Set warm_start=False, or fit a new estimator."
+                "pathways, architecture, width and anchor_fraction; at least one has changed, or "
+                "simplify() has taken pathways out. Set warm_start=False, or fit a new estimator."
             )
         restore(self.module_, self.prior_, state_of(previous.module_, previous.prior_))
         if history:
@@ -145,8 +146,15 @@ class SoftEquivariantNet(NeuralNet):
         """Take pathways out, given by layer and name, with their precisions and moments."""
         for layer, name in pathways:
             self.module_.layers[layer].discard(name)
-        self.prior_.keep(name for name, _ in self.module_.named_parameters())
-        self.initialize_optimizer()
+        left = dict(self.module_.named_parameters())
+        self.prior_.keep(left)
+        kept = {id(parameter) for parameter in left.values()}
+        for group in self.optimizer_.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in kept:
+                    self.optimizer_.state.pop(parameter, None)
+            group["params"] = [p for p in group["params"] if id(p) in kept]
+        self.course.evidence.forget()
 
     def partial_fit(self, X, y=None, classes=None, **fit_params):
         """Train on a :class:`TrainingData`; an interrupt is not swallowed, unlike skorch's."""
@@ -282,6 +290,7 @@ class SoftEquivariantNet(NeuralNet):
             log_likelihood += torch.dot(weights.double(), log_prob.double()).item()
         return self.processes_.agreed(1.0 - log_likelihood / constant)
 
+    @full_precision()
     def log_joint_gradients(self) -> dict[str, torch.Tensor]:
         """Those of Σ log p(y | x, w) − ½ Σ_g δ_g ‖w_g‖², for N observations, by tensor in use."""
         tensors, processes = self.enabled_tensors(), self.processes_
