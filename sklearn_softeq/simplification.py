@@ -58,8 +58,7 @@ def _idle(clf: Any, threshold: float) -> list[tuple[int, int]]:
         (i, j)
         for i, layer in enumerate(clf.module_.layers.values())
         for j, name in enumerate(clf.pathway_names_)
-        if name in layer.enabled
-        and (layer.removed(name) or (enabled[i, j] and not kept[i, j]))
+        if name in layer.enabled and (layer.removed(name) or (enabled[i, j] and not kept[i, j]))
     ]
 
 
