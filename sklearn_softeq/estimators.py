@@ -678,7 +678,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         del net.laplace_, net.linear_term_  # the spectra have served
         network = net.module_
         self.net_ = net
-        vars(self).pop("simplification_", None)  # of what it was before
+        self.__dict__.pop("simplification_", None)  # of what it was before
         losses = [row["train_loss"] for row in net.history if "train_loss" in row]
         self.n_iter_, self.loss_curve_ = len(losses), np.array(losses)
         self.n_observations_ = data.n_observations
