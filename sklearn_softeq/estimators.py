@@ -31,13 +31,13 @@ from .processes import alone, joined
 from .schedules import LR_SCHEDULES, STARTS, LearningRate, Plateau
 from .simplification import simplified
 from .symmetry import (
+    dimension_shares,
     enabled_table,
     equivariance_errors,
     layer_names,
     output_shares,
     pathway_names,
     precision_table,
-    shares,
     sum_table,
 )
 from .training import AMP_DTYPES, OPTIMIZERS, SoftEquivariantNet
@@ -130,7 +130,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         Rows that the curvature and the log likelihood of the evidences during training are
         estimated from, drawn anew for each: half of a row's chance is its share of the weights,
         half its share of the trace of the output Hessian in the last epoch, and weights make up
-        for the chances. None: all, or what ``curvature="auto"`` chooses. The evidence at the end
+        for the chances. With random columns one that has much of the curvature may come several
+        times. None: all, or what ``curvature="auto"`` chooses. The evidence at the end
         sees all rows.
     kfac : {"expand", "reduce"}, default="expand"
         What the Kronecker factors sum over the positions that share a weight: products of inputs
@@ -704,10 +705,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.effective_dimensions_ = sum_table(network, dimensions)
         sizes = {name: tensor.numel() for name, tensor in network.named_parameters()}
         self.n_weights_ = sum_table(network, sizes).astype(np.int64)
-        enabled = enabled_table(network)
-        self.symmetry_ = shares(self.effective_dimensions_, enabled)
-        per_weight = self.effective_dimensions_ / np.maximum(self.n_weights_, 1)
-        self.symmetry_per_weight_ = shares(per_weight, enabled)
+        self.symmetry_, self.symmetry_per_weight_ = dimension_shares(
+            self.effective_dimensions_, self.n_weights_, enabled_table(network)
+        )
         self.output_share_ = output_shares(network, data.in_order(rows_of_a_pass(network)))
 
     def _warn_if_not_converged(self) -> None:

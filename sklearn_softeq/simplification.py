@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from sklearn.utils import Bunch, check_scalar
 
-from .symmetry import enabled_table, shares
+from .symmetry import dimension_shares, enabled_table, shares
 
 __all__ = ["simplified"]
 
@@ -70,9 +70,9 @@ def _take_out(places: list[tuple[int, int]], clf: Any) -> None:
             table[place] = 0
     enabled = enabled_table(clf.module_, clf.pathway_names_)
     clf.output_share_ = shares(clf.output_share_, enabled)
-    clf.symmetry_ = shares(clf.effective_dimensions_, enabled)
-    per_weight = clf.effective_dimensions_ / np.maximum(clf.n_weights_, 1)
-    clf.symmetry_per_weight_ = shares(per_weight, enabled)
+    clf.symmetry_, clf.symmetry_per_weight_ = dimension_shares(
+        clf.effective_dimensions_, clf.n_weights_, enabled
+    )
     left = dict(clf.module_.named_parameters())
     for name in clf.prior_precisions_by_name_.keys() - left.keys():
         clf.prior_precisions_by_name_[name] = np.inf

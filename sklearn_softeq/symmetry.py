@@ -16,6 +16,7 @@ from .networks import SoftEquivariantNetwork
 
 __all__ = [
     "EquivarianceErrors",
+    "dimension_shares",
     "enabled_table",
     "equivariance_errors",
     "layer_names",
@@ -82,6 +83,14 @@ def shares(table: np.ndarray, enabled: np.ndarray) -> np.ndarray:
     total = table.sum(1, keepdims=True)
     equal = enabled / enabled.sum(1, keepdims=True)
     return np.divide(table, total, out=equal, where=total > 0)
+
+
+def dimension_shares(
+    dimensions: np.ndarray, n_weights: np.ndarray, enabled: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of each layer's γ, and of its γ / number of weights."""
+    per_weight = dimensions / np.maximum(n_weights, 1)
+    return shares(dimensions, enabled), shares(per_weight, enabled)
 
 
 @torch.no_grad()
