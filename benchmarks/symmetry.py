@@ -164,6 +164,7 @@ class Run:
             "linear_term": round(clf.evidence_linear_term_, 4),
             "shifts": rounded([*shifts.layers, shifts.logits]),
             "turns": rounded([*turns.layers, turns.logits]),
+            "trials": {name: round(score, 3) for name, score in clf.symmetry_trials_.items()},
             "pathways": clf.pathway_names_,
             "effective_dimensions": rounded(clf.effective_dimensions_, 2),
             "log_precisions": rounded(np.log(clf.prior_precision_), 2),

@@ -50,6 +50,46 @@ class TrainingData(torch.utils.data.Dataset):
         """Whether every row counts once."""
         return bool((self.weights == 1).all())
 
+    def split(
+        self, every: int, generator: torch.Generator
+    ) -> tuple["TrainingData", "TrainingData"]:
+        """Hold out one row of so many, of each class as many as of the others.
+
+        Equal rows stay together: a copy of a row that was trained on would judge nothing, and a
+        row that is repeated is treated like one of a larger weight.
+
+        Parameters
+        ----------
+        every : int
+            With fewer different rows one of them is held out.
+        generator : torch.Generator
+            Of the order within a class; on the CPU.
+
+        Returns
+        -------
+        kept, held : TrainingData
+            Nothing is kept if all rows are equal.
+        """
+        direction = torch.randn(self.inputs[0].numel(), generator=generator).to(self.inputs)
+        parts = self.inputs.flatten(1).split(4096)
+        # Not a matrix product, in which the last bit may hang on a row's place among the others.
+        along = torch.cat([(part * direction).sum(1) for part in parts])
+        order = along.argsort()
+        order = order[self.targets[order].argsort(stable=True)]
+        keys = torch.stack([self.targets.to(along), along], 1)[order]
+        changes = (keys[1:] != keys[:-1]).any(1)
+        ranks = torch.cat([changes.new_zeros(1), changes]).cumsum(0)
+        first = torch.randint(min(every, int(ranks[-1]) + 1), (), generator=generator)
+        out = torch.zeros(len(self), dtype=torch.bool, device=order.device)
+        out[order] = ranks % every == first.item()
+        kept, held = (self._rows(part) for part in (~out, out))
+        return kept, held
+
+    def _rows(self, chosen: torch.Tensor) -> "TrainingData":
+        inputs, (targets, weights) = self[chosen]
+        share = weights.sum() / self.weights.sum()
+        return TrainingData(inputs, targets, weights, share.item() * self.n_observations)
+
     def sample(
         self, size: int, traces: torch.Tensor, generator: torch.Generator, copies: int = 1
     ) -> "TrainingData":

@@ -34,6 +34,10 @@ LEARNT = 0.2
 class EvidenceStep(Callback):
     """Every few epochs after the burn-in: curvature, evidence, and steps of the precisions.
 
+    All at the mean of the weights over these epochs: at the weights themselves, which shake at the
+    full rate, evidences jump from one to the next, and squared norms are mostly noise where a
+    pathway is not needed (docs/design/sums.md).
+
     Parameters
     ----------
     solver : FixedPointSolver or AdamSolver
@@ -51,6 +55,11 @@ class EvidenceStep(Callback):
         change the order of the batches.
     lengthscales : LengthscaleSolver, optional
         How the lengthscales of interpolations ascend; default: they stay.
+
+    Attributes
+    ----------
+    state : State or None
+        That of the last evaluation, with the mean weights and the precisions that came of it.
     """
 
     def __init__(
@@ -71,10 +80,13 @@ class EvidenceStep(Callback):
         self.seed = seed
         self.lengthscales = lengthscales
         self._slopes: dict[str, float] = {}
+        self._mean = WeightMean()
+        self.state: State | None = None
         self.forget_data()
 
     def forget_data(self) -> None:
         """Drop what hangs on the data of a fit."""
+        self.state = None
         self._traces: torch.Tensor | None = None  # of the rows' output Hessians, for a subset
         self._constants: dict[str, Factor] = {}
         self._covered: set[str] = set()  # tensors that were in use when these were computed
@@ -206,8 +218,25 @@ class EvidenceStep(Callback):
         self._slopes = {}
 
     def on_epoch_end(self, net, **kwargs):
-        if not self.steps or not self.due(len(net.history)):
+        epoch = len(net.history)
+        if not self.steps:
             return
+        if epoch > self.burn_in - self.every:
+            self._mean.add(net.module_)
+        if not self.due(epoch):
+            return
+        with self._mean.loaded(net.enabled_tensors()) as scales:
+            self._record(net)
+            if not net.course.rate.cooling:  # weights that are averaged share one gauge and one Ψ
+                scales.update(fix_gauge(net.module_, net.prior_))
+            self.state = state_of(net.module_, net.prior_)
+        if isinstance(net.optimizer_, KFAC):
+            tensors = dict(net.module_.named_parameters())
+            net.optimizer_.rescale({tensors[name]: c for name, c in scales.items()})
+        net.update_decay()
+
+    def _record(self, net: SoftEquivariantNet) -> None:
+        """Take the hyper steps at the present weights, and note what has been found there."""
         objective = self.evaluate(net)
         evidence = self.ascend(net, objective)
         for term, value in evidence._asdict().items():
@@ -216,18 +245,12 @@ class EvidenceStep(Callback):
         net.history.record("n_observations", net.data_.n_observations)
         net.history.record("curvature", self.chosen.estimator.columns)
         net.history.record("curvature_rows", min(self.chosen.n_rows, len(net.data_)))
+        log_precision = net.prior_.log_precision.cpu()
         net.effective_dimensions_ = net.processes_.agreed(
-            objective.effective_dimensions(net.prior_.log_precision.cpu())
+            objective.effective_dimensions(log_precision)
         )
-        if not net.course.rate.cooling:  # weights that are averaged share one gauge and one Ψ
-            self._slopes = net.processes_.agreed(
-                objective.lengthscale_gradient(net.prior_.log_precision.cpu())
-            )
-            scales = fix_gauge(net.module_, net.prior_)
-            if isinstance(net.optimizer_, KFAC):
-                tensors = dict(net.module_.named_parameters())
-                net.optimizer_.rescale({tensors[name]: c for name, c in scales.items()})
-        net.update_decay()
+        if not net.course.rate.cooling:
+            self._slopes = net.processes_.agreed(objective.lengthscale_gradient(log_precision))
 
 
 def _shared(net: SoftEquivariantNet) -> dict[str, Any]:
@@ -361,15 +384,9 @@ class Course(Callback):
         self.mean = WeightMean()
         self.best: tuple[float, State] | None = None
 
-    def on_train_begin(self, net, **kwargs):
-        if self.holding and not net.history:
-            self.start.begin(net.module_)
-
     def on_epoch_begin(self, net, **kwargs):
-        if self.rate.schedule == "constant":
-            return  # left to the user's own callbacks
-        for group in net.optimizer_.param_groups:
-            group["lr"] = self.rate.at(len(net.history))
+        net.set_paces(self.start.paces(net.prior_))
+        self.rate.hand_to(net.optimizer_, len(net.history))
 
     def on_epoch_end(self, net, **kwargs):
         epoch = len(net.history)
@@ -400,7 +417,7 @@ class Course(Callback):
                 return
         figure = self._figure(net)
         if self.keep_best and not self.endless and (self.best is None or figure > self.best[0]):
-            self.best = (figure, state_of(net.module_, net.prior_))
+            self.best = (figure, self.evidence.state or state_of(net.module_, net.prior_))
         self.converged = self.plateau.reached(figure) or self.converged
         if self.evidence.steps and not self.rate.cooling:
             # Only now: the figure is that of the network as it was. And not while the rate falls,
@@ -448,10 +465,24 @@ class Course(Callback):
         if restored or evidence.sampled:
             del last  # the curvature of these weights or rows
             last = evidence.complete(net, keep=True)
+        if evidence.steps and not self.holding:
+            last = self._settled(net, last)
         evidence.forget_data()
         log_precision = net.prior_.log_precision.cpu()
         net.linear_term_ = last.linear_term(net.log_joint_gradients(), log_precision)
         net.laplace_ = replace(last, factors={})
+
+    def _settled(self, net: SoftEquivariantNet, last: LaplaceEvidence) -> LaplaceEvidence:
+        """Take out what is as good as off, if the evidence does not fall by what would count."""
+        here, log_precision = state_of(net.module_, net.prior_), net.prior_.log_precision.cpu()
+        if not self.start.settle(net.module_, last.effective_dimensions(log_precision)):
+            return last
+        without = self.evidence.complete(net, keep=True)
+        value, before = (found.evidence(log_precision).value for found in (without, last))
+        if net.processes_.agreed(value >= before - self.plateau.tol * net.data_.n_observations):
+            return without
+        restore(net.module_, net.prior_, here)
+        return last
 
     def _returned(self, net: SoftEquivariantNet, best: State) -> bool:
         """Return to the best state; where figures are of samples, if all rows say so, too."""

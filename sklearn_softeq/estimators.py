@@ -1,11 +1,9 @@
 """The classifier: parameters, fit as a table of contents, and what a fit reveals."""
 
-import copy
 import hashlib
 import math
 import warnings
 from contextlib import contextmanager
-from functools import partial
 from numbers import Integral, Real
 from typing import ClassVar
 
@@ -17,18 +15,17 @@ from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from .batches import AUGMENTATIONS, Batches, TrainingData
-from .budget import plan_curvature, rows_of_a_pass
-from .course import Course, EvidenceStep, Preconditioner, ProgressLine
+from .assembly import Assembly, Seeds
+from .batches import AUGMENTATIONS, TrainingData
+from .budget import rows_of_a_pass
 from .curvature import COLUMNS, KFAC_FORMS
 from .groups import GROUPS
 from .layers import PATHWAYS
-from .likelihoods import Categorical
-from .marginal_likelihood import HYPER_SOLVERS, LengthscaleSolver
-from .networks import ARCHITECTURES, build_network
+from .marginal_likelihood import HYPER_SOLVERS
+from .networks import ACTIVATIONS, ARCHITECTURES
 from .predictive import log_odds, map_outputs
 from .processes import alone, joined
-from .schedules import LR_SCHEDULES, STARTS, LearningRate, Plateau
+from .schedules import LR_SCHEDULES, STARTS
 from .simplification import simplified
 from .symmetry import (
     dimension_shares,
@@ -63,7 +60,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     fully-connected map). Each weight tensor has a Gaussian prior with a precision of its own.
     ``fit`` ascends the log joint in the weights and a Laplace estimate of the log marginal
     likelihood in the precisions; a free pathway that the data do not ask for is held at zero, one
-    that they ask for stays. No validation set is used.
+    that they ask for stays. No validation set is needed.
 
     Parameters
     ----------
@@ -81,6 +78,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         Channels of the first of L layers; the last has 2^⌊L/2⌋ times as many (2^⌊L/4⌋ for images
         of a single row). The paper has 10. With the convolution of a group of G elements each
         channel has G orientations, which makes "conv" G² times as large: take less.
+    activation : {"silu", "relu"}, default="silu"
+        Between layers: √2 x / (1 + exp(−x)), or max(x, 0). With a ReLU (the paper) narrow layers
+        sometimes died at the start, training took longer and came to a worse end.
     anchor_fraction : float or "auto", default="auto"
         Anchors of the sparse pathways for each pixel, or tap of a filter, in (0, 1]. "auto": 0.5,
         and 7/9 for "sparse_conv" alone, as in the paper.
@@ -98,15 +98,21 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         Also learn, by the evidence, the lengthscales of the interpolations of sparse pathways,
         one of each map. False, or ``learn_prior=False``, leaves them at one pixel.
     start : {"symmetric", "joint"}, default="symmetric"
-        "symmetric": the most symmetric pathways of each layer alone until ``burn_in``, then all,
-        the others from zero, free ones with their log determinants counted twice in the hyper
-        steps; one that the evidence switches off is removed. Where the symmetric ones have learnt
-        next to nothing by then, all begin anew as with "joint": all pathways at once from random
-        weights, their sum divided by the root of their number (the paper, which takes the mean).
+        "symmetric": the pathways of one symmetry alone until ``burn_in``, then all, the others
+        from zero, with their log determinants counted four times in the hyper steps; one that the
+        evidence switches off is removed. Of several symmetries, such as shifts with and without
+        quarter turns, each has three trials of ``burn_in`` epochs, from different random weights,
+        on four fifths of the rows, and training goes on, with all rows, from the one that
+        predicts the other fifth best; with all pathways at once if these do so by more than one
+        nat for each row.
+        Where the symmetric pathways have learnt next to nothing, all begin anew as with "joint":
+        all pathways at once from random weights, their sum divided by the root of their number
+        (the paper, which takes the mean).
     prior_precision : float, default=1.0
         Start of every precision, in units of 1 / weight².
     burn_in : int, default=20
-        Epochs before the first evidence, at most half of ``max_epochs``. The paper has 10.
+        Epochs before the first evidence, at most half of ``max_epochs``. The paper has 10. Those
+        of trials are not counted in ``n_iter_``.
     evidence_every : int, default=5
         Epochs from one evidence to the next, as in the paper.
     hyper_solver : {"fixed_point", "adam"}, default="fixed_point"
@@ -143,14 +149,16 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     tol : float, default=0.01
         Rise that counts, in nats for each observation; less than one nat in all (a Bayes factor
         of e) does not count either.
-    n_iter_no_change : int, default=5
+    n_iter_no_change : int, default=10
         Evaluations in a row without a rise after which training ends (after a cool-down).
     keep_best : bool, default=True
         Return to the state of the best figure seen if the last one is worse.
     batch_size : int, default=128
         Rows of one step, and of one pass in prediction.
     lr : float, default=None
-        Learning rate of the weights. None: 0.01 for "adam" and "sgd", 0.1 for "kfac".
+        Learning rate of the weights. None: 0.01 for "adam" and "sgd", 0.1 for "kfac". Where the
+        evidence presses down a pathway that the symmetric start began without, Adam's rate falls
+        there with the prior's standard deviation.
     lr_schedule : {"cooldown", "cosine", "constant"}, default="cooldown"
         "cooldown": warm-up, full rate until convergence, then a cosine to zero over a third of
         the epochs so far, whose weights are averaged. "cosine": to zero over ``max_epochs`` (the
@@ -215,6 +223,11 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         N, the sum of all weights.
     loss_curve_ : ndarray of shape (epochs,)
         Negative log joint for each observation (without the prior's normaliser), by epoch.
+    symmetry_trials_ : dict of str to float
+        Log likelihood of the held-out fifth for each observation, in nats, at the end of the best
+        trial of each group ("p1": shifts alone), and of all pathways ("joint") where some have no
+        symmetry. The highest group has begun, or all if they led by more than one nat. Empty
+        without trials.
     scores_ : ndarray
         Log marginal likelihood at each evaluation, in nats.
     history_ : dict of ndarray
@@ -279,6 +292,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         "pathways": ["array-like", str],
         "architecture": [StrOptions(set(ARCHITECTURES))],
         "width": [Interval(Integral, 1, None, closed="left")],
+        "activation": [StrOptions(set(ACTIVATIONS))],
         "anchor_fraction": [Interval(Real, 0, 1, closed="right"), StrOptions({"auto"})],
         "image_shape": ["array-like", None],
         "standardize": ["boolean"],
@@ -321,6 +335,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         pathways=("conv", "factored_fc"),
         architecture="auto",
         width=8,
+        activation="silu",
         anchor_fraction="auto",
         image_shape=None,
         standardize=True,
@@ -339,7 +354,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         kfac="expand",
         max_epochs=400,
         tol=0.01,
-        n_iter_no_change=5,
+        n_iter_no_change=10,
         keep_best=True,
         batch_size=128,
         lr=None,
@@ -359,6 +374,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.pathways = pathways
         self.architecture = architecture
         self.width = width
+        self.activation = activation
         self.anchor_fraction = anchor_fraction
         self.image_shape = image_shape
         self.standardize = standardize
@@ -451,8 +467,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
         N is the weight of all chunks so far, so a second pass over the same rows counts them
         again; the evidence is that of the present chunk, scaled up to N. Standardisation is that
-        of the first chunk. The learning rate stays constant; burn-in and evidence count calls as
-        epochs.
+        of the first chunk. After a warm-up of five calls the learning rate stays constant; burn-in
+        and evidence count calls as epochs.
 
         Parameters
         ----------
@@ -585,90 +601,14 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
     def _build_net(self, data, previous, endless=False) -> SoftEquivariantNet:
         """A net that is ready to train, from a random start or from a previous net."""
-        processes = joined(self.device_)
         seeds = check_random_state(self.random_state).randint(2**31 - 1, size=5).tolist()
-        seeds = processes.agreed(seeds)  # random_state=None is another one in each process
-        optimizer = OPTIMIZERS[self.optimizer]
-        pathways = check_names(self.pathways, PATHWAYS, "pathways")
-        net = SoftEquivariantNet(
-            build_network,
-            criterion=Categorical,
-            optimizer=optimizer.build,
-            lr=self._rate,
-            max_epochs=1 if endless else self.max_epochs,
-            batch_size=self.batch_size,
-            iterator_train=Batches,
-            iterator_train__random_state=np.random.RandomState(seeds[1]),
-            iterator_train__augment=_augmentation(self.augment),
-            iterator_train__augment_state=np.random.RandomState(seeds[3]),
-            train_split=None,
-            callbacks=self._callbacks(data, previous, endless, seeds),
-            verbose=0,
-            device=str(self.device_),
-            prior_precision=self.prior_precision,
-            seed=seeds[2],
-            amp=self.amp,
-            compiled=self.compile,
-            module__image_shape=self.image_shape_,
-            module__n_outputs=len(self.classes_),
-            module__pathways=pathways,
-            module__architecture=self.architecture,
-            module__width=self.width,
-            module__scale=STARTS[self.start].scale,
-            module__anchor_fraction=self.anchor_fraction,
-            module__dtype=data.inputs.dtype,
-            **{f"optimizer__{name}": value for name, value in optimizer.settings.items()},
-        )
-        net.initialize()
+        # random_state=None is another one in each process.
+        seeds = Seeds(*joined(self.device_).agreed(seeds))
+        assembly = Assembly(self, data, seeds)
         if previous is not None:
-            net.take_over(previous, history=endless)
+            return assembly.further(previous, endless)
+        self.symmetry_trials_, net = assembly.first(endless)
         return net
-
-    def _callbacks(self, data, previous, endless: bool, seeds: list[int]) -> list:
-        """Ours, then copies of the user's, which find our entries in the history."""
-        evidence = self._evidence_step(seeds[0])
-        course = Course(
-            evidence,
-            STARTS[self.start](),
-            LearningRate("constant" if endless else self.lr_schedule, self._rate, self.max_epochs),
-            Plateau(max(self.tol, 1.0 / data.n_observations), self.n_iter_no_change),
-            self.keep_best,
-            holding=previous is None or previous.course.holding,
-            endless=endless,
-        )
-        output = [("progress", ProgressLine())] if self.verbose else []
-        if self.optimizer == "kfac":
-            output.insert(0, ("preconditioner", Preconditioner(seeds[4], len(self.classes_) - 1)))
-        users = copy.deepcopy(list(self.callbacks or ()))
-        return [("evidence", evidence), *output, ("course", course), *users]
-
-    @property
-    def _rate(self) -> float:
-        """The rate at the beginning of training."""
-        return OPTIMIZERS[self.optimizer].lr if self.lr is None else self.lr
-
-    def _evidence_step(self, seed: int) -> EvidenceStep:
-        solver = HYPER_SOLVERS[self.hyper_solver]
-        learn_lengthscale = self.learn_prior and self.learn_lengthscale
-        return EvidenceStep(
-            solver() if self.hyper_lr is None else solver(self.hyper_lr),
-            steps=self.hyper_steps if self.learn_prior else 0,
-            # A short training needs all of its pathways for half of its time.
-            burn_in=min(self.burn_in, max(self.max_epochs // 2, 1)),
-            every=self.evidence_every,
-            plan=partial(
-                plan_curvature,
-                n_outputs=len(self.classes_),
-                curvature=self.curvature,
-                samples=self.curvature_samples,
-                subset=self.curvature_subset,
-                kfac=self.kfac,
-                every=self.evidence_every,
-                lengthscales=learn_lengthscale,
-            ),
-            seed=seed,
-            lengthscales=LengthscaleSolver() if learn_lengthscale else None,
-        )
 
     def _record(self, net: SoftEquivariantNet, data: TrainingData) -> None:
         """Set the fitted attributes."""
@@ -858,10 +798,6 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"group={group!r} is not known. Choose one of {sorted(GROUPS)}.")
         batches = self._new_images(X).to(self.device_).split(rows_of_a_pass(self.module_))
         return Bunch(**equivariance_errors(self.module_, batches, GROUPS[group])._asdict())
-
-
-def _augmentation(augment):
-    return AUGMENTATIONS[augment] if isinstance(augment, str) else augment
 
 
 def _evaluations(net: SoftEquivariantNet) -> dict[str, np.ndarray]:

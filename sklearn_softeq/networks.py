@@ -24,7 +24,15 @@ from .layers import (
     strided,
 )
 
-__all__ = ["ARCHITECTURES", "SCALES", "ResidualBlock", "SoftEquivariantNetwork", "build_network"]
+__all__ = [
+    "ACTIVATIONS",
+    "ARCHITECTURES",
+    "SCALES",
+    "ResidualBlock",
+    "SiLU",
+    "SoftEquivariantNetwork",
+    "build_network",
+]
 
 Groups = Mapping[str, PointGroup | None]
 
@@ -38,28 +46,51 @@ SCALES: dict[str, Callable[[Groups], float]] = {
 }
 
 
-class ResidualBlock(nn.Module):
-    """Two layers with an identity beside them: skip(x) + second(ReLU(first(x))).
+class SiLU(nn.Module):
+    """√2 x / (1 + exp(−x)).
 
-    The identity has no weights. Where the first layer is strided it takes the same kept grid;
+    Small signals x become x/√2, which has the energy that a ReLU leaves of them. Without the factor
+    they shrink from layer to layer where few data and a strong prior keep the weights small.
+    """
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(inputs) * math.sqrt(2.0)
+
+
+#: What stands between layers, acting on each number by itself and so equivariant to everything.
+#: Layers of few rectified channels can die in the first steps of training, when all gradients of a
+#: filter point the same way; with a SiLU they cannot (docs/design/sums.md).
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": SiLU, "relu": nn.ReLU}
+
+
+class ResidualBlock(nn.Module):
+    """Two layers with an identity beside them: skip(x) + second(φ(first(x))).
+
+    Nothing stands between a block and the next: the sum of all branches is never rectified. The
+    identity has no weights. Where the first layer is strided it takes the same kept grid;
     channels that are more are zero, those that are fewer are cut, and an image is lifted.
 
     Parameters
     ----------
     first, second : PathwaySum
         The layers, the first one perhaps strided.
+    activation : nn.Module
+        φ.
     out_channels : int
         D, orientations included.
     """
 
-    def __init__(self, first: PathwaySum, second: PathwaySum, out_channels: int):
+    def __init__(
+        self, first: PathwaySum, second: PathwaySum, activation: nn.Module, out_channels: int
+    ):
         super().__init__()
         self.first = first
         self.second = second
+        self.activation = activation
         self.out_channels = out_channels
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self._skip(inputs) + self.second(torch.relu(self.first(inputs)))
+        return self._skip(inputs) + self.second(self.activation(self.first(inputs)))
 
     def _skip(self, inputs: torch.Tensor) -> torch.Tensor:
         rows, columns = self.first.stride
@@ -73,7 +104,7 @@ class ResidualBlock(nn.Module):
 
 
 class SoftEquivariantNetwork(nn.Module):
-    """Blocks with ReLU between them, then a dense head.
+    """Blocks with an activation after each that is not residual, then a dense head.
 
     Parameters
     ----------
@@ -81,14 +112,19 @@ class SoftEquivariantNetwork(nn.Module):
         Height and width to which images are padded with zeros, once, at the input.
     blocks : list of PathwaySum or ResidualBlock
         Layers down to a 1×1 grid.
+    activation : nn.Module
+        Between them.
     head : nn.Module
         Map from the last feature maps (n, C, 1, 1) to (n, K, 1, 1).
     """
 
-    def __init__(self, canvas: Grid, blocks: list[nn.Module], head: nn.Module):
+    def __init__(
+        self, canvas: Grid, blocks: list[nn.Module], activation: nn.Module, head: nn.Module
+    ):
         super().__init__()
         self.canvas = canvas
         self.blocks = nn.ModuleList(blocks)
+        self.activation = activation
         self.head = head
 
     @property
@@ -130,7 +166,9 @@ class SoftEquivariantNetwork(nn.Module):
         """Outputs f of shape (n, K)."""
         features = self.pad(images)
         for block in self.blocks:
-            features = torch.relu(block(features))
+            features = block(features)
+            if not isinstance(block, ResidualBlock):
+                features = self.activation(features)
         return self.head(features).flatten(1)  # (n, K)
 
 
@@ -142,6 +180,7 @@ def build_network(
     architecture: str = "auto",
     width: int = 8,
     scale: str = "sqrt",
+    activation: str = "silu",
     anchor_fraction: float | str = "auto",
     dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
@@ -166,6 +205,8 @@ def build_network(
         G orientations of each.
     scale : {"mean", "sqrt", "symmetric"}
         Factor of the sum of the pathways, see :data:`SCALES`.
+    activation : {"silu", "relu"}
+        Between layers, see :data:`ACTIVATIONS`.
     anchor_fraction : float or "auto"
         Anchors of the sparse pathways for each pixel or tap; "auto": the pathways' own (half of
         them, and 7 of 9 for the filters of a sparse convolution that stands alone).
@@ -197,6 +238,7 @@ def build_network(
         residual,
         width,
         SCALES[scale],
+        ACTIVATIONS[activation],
         None if anchor_fraction == "auto" else float(anchor_fraction),
     )
     with torch.device("meta"):
@@ -221,6 +263,7 @@ class _Plan:
     residual: bool
     width: int
     scale: Callable[[Groups], float]
+    activation: type[nn.Module]
     anchor_fraction: float | None
 
     def network(self, channels: int, n_outputs: int) -> SoftEquivariantNetwork:
@@ -242,12 +285,13 @@ class _Plan:
             )
             blocks.append(self.block(spec))
             channels, grid, axis = out_channels, strided(grid, stride), self.group
-        return SoftEquivariantNetwork(self.canvas, blocks, self.head(channels, n_outputs))
+        head = self.head(channels, n_outputs)
+        return SoftEquivariantNetwork(self.canvas, blocks, self.activation(), head)
 
     def block(self, spec: LayerSpec) -> nn.Module:
         if not self.residual:
             return self.layer(spec)
-        second = replace(
+        after = replace(
             spec,
             in_channels=spec.out_channels,
             in_group=spec.out_group,
@@ -255,8 +299,11 @@ class _Plan:
             stride=(1, 1),
         )
         # L branches of size 1/√L add up to a bounded signal at any depth, with no normalisation.
-        branch = 1.0 / math.sqrt(len(self.strides))
-        return ResidualBlock(self.layer(spec), self.layer(second, branch), spec.out_channels)
+        # The start of a layer doubles the energy, to make good what an activation takes; a branch
+        # has two layers and one activation.
+        branch = 1.0 / math.sqrt(2 * len(self.strides))
+        first, second = self.layer(spec), self.layer(after, branch)
+        return ResidualBlock(first, second, self.activation(), spec.out_channels)
 
     def layer(self, spec: LayerSpec, factor: float = 1.0) -> PathwaySum:
         paths = {name: PATHWAYS[name].build(spec) for name in self.pathways}
@@ -270,7 +317,7 @@ class _Plan:
         hidden = 4 * channels // self.group.order
         head = nn.Sequential()
         head.add_module("hidden", self.readout(channels, hidden))
-        head.add_module("relu", nn.ReLU())
+        head.add_module("activation", self.activation())
         head.add_module("output", FC(hidden, n_outputs, (1, 1)))
         return head
 

@@ -6,29 +6,37 @@ pathways of a network.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 
+from .groups import P1, PointGroup
 from .hyperparameters import LOG_PRECISION_BOUNDS, LayerwisePrior
 from .layers import Pathway, PathwaySum
-from .networks import SCALES, SoftEquivariantNetwork
+from .networks import SoftEquivariantNetwork
 
 __all__ = [
     "LR_SCHEDULES",
     "STARTS",
+    "WARM_UP",
     "JointStart",
     "LearningRate",
     "Plateau",
+    "Start",
     "SymmetricStart",
     "fix_gauge",
     "restart_jointly",
+    "symmetries",
 ]
 
 LR_SCHEDULES = ("cooldown", "cosine", "constant")
 
+
+#: Epochs of linear warm-up of the learning rate.
+WARM_UP = 5
 
 #: Largest drift of log δ_U − log δ_V from its start, see :func:`fix_gauge`.
 GAUGE_LIMIT = 4.0
@@ -79,7 +87,7 @@ class LearningRate:
         The full rate.
     max_epochs : int
         Cap of the number of epochs.
-    warmup : int, default=5
+    warmup : int, default=WARM_UP
         Epochs of linear warm-up after the start and after a release of pathways; not with
         "constant".
     """
@@ -87,7 +95,7 @@ class LearningRate:
     schedule: str
     rate: float
     max_epochs: int
-    warmup: int = 5
+    warmup: int = WARM_UP
     cooldown_from: float = math.inf
     cooldown_epochs: int = 0
     warm_from: int = 0
@@ -127,6 +135,16 @@ class LearningRate:
             rate *= _cosine((epoch - self.cooldown_from) / (self.cooldown_epochs + 1))
         return rate
 
+    def hand_to(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+        """Set the rate of an epoch, times the pace of a group of tensors that has one.
+
+        A constant one is left to the user's own callbacks.
+        """
+        if self.schedule == "constant":
+            return
+        for group in optimizer.param_groups:
+            group["lr"] = self.at(epoch) * group.get("pace", 1.0)
+
 
 def _cosine(fraction: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(fraction, 1.0)))
@@ -144,9 +162,21 @@ def _pathways(network: SoftEquivariantNetwork) -> list[Entry]:
     ]
 
 
-def _held_pathways(network: SoftEquivariantNetwork) -> list[Entry]:
-    """Those beside which another one keeps more symmetry: the network can start without them."""
-    return [entry for entry in _pathways(network) if entry[2] in entry[1].less_symmetric]
+def symmetries(groups: Iterable[PointGroup | None]) -> list[PointGroup]:
+    """The different groups among those of some pathways, the largest first."""
+    found = dict.fromkeys(group for group in groups if group is not None)
+    return sorted(found, key=lambda group: -group.order)
+
+
+def _first(block: PathwaySum, group: PointGroup | None) -> list[str]:
+    """Names of the pathways that a layer begins with, for a group; None: the most symmetric."""
+    most = [name for name in block.pathways if name not in block.less_symmetric]
+    if group is None:
+        return most
+    same = [name for name, pathway in block.pathways.items() if pathway.group == group]
+    if group == P1 and not same:  # a readout from one pixel: what is free commutes with shifts, too
+        same = [name for name, pathway in block.pathways.items() if pathway.group is None]
+    return same or most
 
 
 class JointStart:
@@ -159,6 +189,8 @@ class JointStart:
     """
 
     scale: ClassVar[str] = "sqrt"
+    group: ClassVar[None] = None
+    released: ClassVar[Mapping[str, float]] = MappingProxyType({})
 
     def begin(self, network: SoftEquivariantNetwork) -> None:
         """Nothing is held back."""
@@ -177,44 +209,71 @@ class JointStart:
         """Every log determinant counts once."""
         return {}
 
+    def paces(self, prior: LayerwisePrior) -> dict[str, float]:
+        """All tensors have the same learning rate."""
+        return {}
+
     def prune(
         self, network: SoftEquivariantNetwork, effective_dimensions: Mapping[str, float]
     ) -> None:
         """Nothing is removed."""
 
+    def settle(
+        self, network: SoftEquivariantNetwork, effective_dimensions: Mapping[str, float]
+    ) -> bool:
+        """Nothing is removed."""
+        return False
+
 
 @dataclass
 class SymmetricStart:
-    """Symmetry first: the most symmetric pathways until the end of the burn-in, then the rest.
+    """Symmetry first: the pathways of one symmetry until the end of the burn-in, then the rest.
 
     At the release the others are exactly zero, so the network goes on as the symmetric one; their
-    precisions then let them grow or hold them down. One whose effective dimensions stay below 1
+    precisions then let them grow or hold them down. One whose effective dimensions stay below one
     at three evaluations of the evidence is removed for good: its weights become zero and its
-    computation is skipped.
+    computation is skipped. In the end all that are below go, unless the evidence falls.
 
     Parameters
     ----------
-    charge : float, default=2.0
-        How many times the log determinants of the free ones count in the hyper steps. The
+    group : PointGroup or None, default=None
+        The symmetry, beside shifts; None: that of the most symmetric pathways.
+    charge : float, default=4.0
+        How many times the log determinants of what was held back count in the hyper steps. The
         Kronecker factors overstate the log determinant of a convolution (1.9 times the exact
-        block's) more than that of a factored layer (1.2 to 1.5 times), and charge a function
-        that both can carry twice; counted once, free pathways survive on symmetric tasks.
-    threshold : float, default=1.0
-        Effective dimensions below which a pathway is as good as off.
+        block's) more than that of a factored layer (1.2 to 1.5 times), charge a function that two
+        pathways can carry twice, and weights that still move under noise look larger than they
+        are; counted twice, such pathways often survive on tasks that have the symmetry
+        (docs/design/sums.md).
+    threshold : float, default=0.9
+        Effective dimensions below which a pathway is as good as off. A single bias that the data
+        determine counts up to one.
     patience : int, default=3
         Evaluations in a row after which it is removed.
+    released : dict of str to float, optional
+        Precisions at which tensors were released.
     """
 
-    charge: float = 2.0
-    threshold: float = 1.0
+    group: PointGroup | None = None
+    charge: float = 4.0
+    threshold: float = 0.9
     patience: int = 3
+    released: dict[str, float] = field(default_factory=dict)
     low: dict[str, int] = field(default_factory=dict)
     scale: ClassVar[str] = "symmetric"
 
     def begin(self, network: SoftEquivariantNetwork) -> None:
-        """Switch off what is less symmetric than another pathway of its layer."""
-        for _, block, name, _ in _held_pathways(network):
-            block.enabled[name] = False
+        """Switch off all but the pathways of the group, in a network as it was built."""
+        for block in network.layers.values():
+            first = _first(block, self.group)
+            block.scale *= math.sqrt(len(_first(block, None)) / len(first))
+            block.enabled = {name: name in first for name in block.enabled}
+
+    def _held(self, network: SoftEquivariantNetwork) -> list[Entry]:
+        """The pathways that the network begins without."""
+        return [
+            entry for entry in _pathways(network) if entry[2] not in _first(entry[1], self.group)
+        ]
 
     def release(
         self,
@@ -228,7 +287,7 @@ class SymmetricStart:
         Where precisions are learned (``learn``), those of these pathways start at the scale
         of a random start of their weights.
         """
-        held = _held_pathways(network)
+        held = self._held(network)
         for prefix, block, name, pathway in held:
             pathway.reset(generator)
             for factor in pathway.factor_names if learn else ():
@@ -236,32 +295,66 @@ class SymmetricStart:
                 prior.set_precision(f"{prefix}.{factor}", 1.0 / mean_square)
             pathway.silence()
             block.enabled[name] = True
+        precisions = prior.precisions()
+        self.released = {name: precisions[name] for name in self._tensors(held)}
         return bool(held)
 
     def charges(self, network: SoftEquivariantNetwork) -> dict[str, float]:
-        """The charge of each tensor of the free pathways that are held back at the start.
+        """The charge of each tensor that is held back at the start."""
+        return dict.fromkeys(self._tensors(self._held(network)), self.charge)
 
-        One with a symmetry of its own is a convolution as well, and as much overstated.
+    def paces(self, prior: LayerwisePrior) -> dict[str, float]:
+        """Learning rates of released tensors, as parts of the common one.
+
+        They fall with the prior's standard deviation. Adam's steps have one length whatever the
+        gradient, and on the many weights of a pathway that is hardly used they are noise, from
+        which all others suffer and which looks like use.
         """
+        precisions = prior.precisions()
         return {
-            f"{prefix}.{tensor}": self.charge
-            for prefix, _, _, pathway in _held_pathways(network)
-            for tensor, _ in pathway.named_parameters()
-            if pathway.group is None
+            name: min(1.0, math.sqrt(before / precisions[name]))
+            for name, before in self.released.items()
+            if name in precisions
         }
 
     def prune(
         self, network: SoftEquivariantNetwork, effective_dimensions: Mapping[str, float]
     ) -> None:
-        """Remove what the evidence has switched off."""
-        for prefix, block, name, pathway in _held_pathways(network):
-            if not block.enabled[name]:
-                continue
-            tensors = (f"{prefix}.{tensor}" for tensor, _ in pathway.named_parameters())
-            gamma = sum(effective_dimensions[tensor] for tensor in tensors)
+        """Remove what the evidence has switched off for a while."""
+        for prefix, block, name, gamma in self._left(network, effective_dimensions):
             self.low[prefix] = self.low.get(prefix, 0) + 1 if gamma < self.threshold else 0
             if self.low[prefix] >= self.patience:
                 block.remove(name)
+
+    def settle(
+        self, network: SoftEquivariantNetwork, effective_dimensions: Mapping[str, float]
+    ) -> bool:
+        """Remove at once what is switched off in the end; whether there was any."""
+        low = [e for e in self._left(network, effective_dimensions) if e[3] < self.threshold]
+        for _, block, name, _ in low:
+            block.remove(name)
+        return bool(low)
+
+    @staticmethod
+    def _tensors(entries: list[Entry]) -> list[str]:
+        """Names of the tensors of some pathways."""
+        named = ((prefix, path.named_parameters()) for prefix, _, _, path in entries)
+        return [f"{prefix}.{name}" for prefix, tensors in named for name, _ in tensors]
+
+    def _left(
+        self, network: SoftEquivariantNetwork, effective_dimensions: Mapping[str, float]
+    ) -> list[tuple[str, PathwaySum, str, float]]:
+        """What was held back and is on, as prefix of its tensors, block and name, with its γ."""
+        return [
+            (
+                prefix,
+                block,
+                name,
+                sum(effective_dimensions[f"{prefix}.{t}"] for t, _ in pathway.named_parameters()),
+            )
+            for prefix, block, name, pathway in self._held(network)
+            if block.enabled[name]
+        ]
 
 
 Start = JointStart | SymmetricStart
@@ -279,12 +372,11 @@ def restart_jointly(
     For a network whose symmetric pathways alone have learnt nothing: where the task breaks the
     symmetry, the prior may have taken their weights to zero, and nothing grows from there.
     """
-    if not _held_pathways(network):
+    if all(on for layer in network.layers.values() for on in layer.enabled.values()):
         return False
     for layer in network.layers.values():
+        layer.scale *= math.sqrt(sum(layer.enabled.values()) / len(layer.enabled))
         layer.enabled = dict.fromkeys(layer.enabled, True)
-        groups = {name: pathway.group for name, pathway in layer.pathways.items()}
-        layer.scale *= SCALES[JointStart.scale](groups) / SCALES[SymmetricStart.scale](groups)
     for module in network.modules():
         if isinstance(module, Pathway):
             module.reset(generator)

@@ -1,7 +1,8 @@
 """States of a network and its prior in memory: kept, restored, averaged."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -26,7 +27,7 @@ def restore(module: torch.nn.Module, prior: LayerwisePrior, state: State) -> Non
 class WeightMean:
     """The mean of a network's weights over epochs.
 
-    Averaging over the cool-down lowers the noise that steps of finite size leave in the weights.
+    Averaging lowers the noise that steps of finite size leave in the weights.
     """
 
     def __init__(self) -> None:
@@ -47,3 +48,23 @@ class WeightMean:
         for name in self.weights.keys() & tensors.keys():
             tensors[name].copy_(self.weights[name])
         self.weights, self.count = {}, 0
+
+    @contextmanager
+    def loaded(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, float]]:
+        """Have the mean in these tensors for a while, and forget it.
+
+        Yields
+        ------
+        dict of str to float
+            To be filled with what tensors have been multiplied by in the meantime; the weights
+            that come back are multiplied by it, too.
+        """
+        present = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self.load(tensors)
+        scales: dict[str, float] = {}
+        try:
+            yield scales
+        finally:
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    tensor.copy_(present[name] * scales.get(name, 1.0))

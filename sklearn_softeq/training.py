@@ -6,7 +6,7 @@ else happens, from evidences to the end, is up to the callbacks of :mod:`sklearn
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from skorch import NeuralNet
 
+from .batches import TrainingData
 from .budget import rows_of_a_pass
 from .devices import full_precision
 from .hyperparameters import LayerwisePrior
@@ -57,7 +58,7 @@ OPTIMIZERS = {
 AMP_DTYPES = {"bf16": torch.bfloat16}
 
 #: Names of the callbacks that training consists of; all others are the user's.
-OWN_CALLBACKS = ("evidence", "preconditioner", "course")
+OWN_CALLBACKS = ("evidence", "preconditioner", "trial", "course")
 
 
 class _StopTraining(Exception):
@@ -142,6 +143,23 @@ class SoftEquivariantNet(NeuralNet):
         if history:
             self.history_ = copy.deepcopy(previous.history)
 
+    def set_paces(self, paces: Mapping[str, float]) -> None:
+        """Give tensors, by name, learning rates that are parts of the common one.
+
+        Only Adam's: steps of the others shrink with the gradient.
+        """
+        if not isinstance(self.optimizer_, torch.optim.Adam):
+            return
+        common, *own = self.optimizer_.param_groups
+        groups = {id(group["params"][0]): group for group in own}
+        tensors = dict(self.module_.named_parameters())
+        for tensor, pace in ((tensors[name], pace) for name, pace in paces.items()):
+            if id(tensor) not in groups:
+                common["params"] = [p for p in common["params"] if p is not tensor]
+                groups[id(tensor)] = {**common, "params": [tensor]}
+                self.optimizer_.param_groups.append(groups[id(tensor)])
+            groups[id(tensor)]["pace"] = pace
+
     def discard(self, pathways: Iterable[tuple[str, str]]) -> None:
         """Take pathways out, given by layer and name, with their precisions and moments."""
         for layer, name in pathways:
@@ -154,6 +172,7 @@ class SoftEquivariantNet(NeuralNet):
                 if id(parameter) not in kept:
                     self.optimizer_.state.pop(parameter, None)
             group["params"] = [p for p in group["params"] if id(p) in kept]
+        self.optimizer_.param_groups = [g for g in self.optimizer_.param_groups if g["params"]]
         self.course.evidence.forget()
 
     def partial_fit(self, X, y=None, classes=None, **fit_params):
@@ -276,19 +295,21 @@ class SoftEquivariantNet(NeuralNet):
         return group["lr"] / (1.0 - group.get("momentum", 0.0))
 
     @torch.no_grad()
+    def log_likelihood(self, data: TrainingData) -> float:
+        """Σ w log p(y | x, w) of some data, the same in all processes."""
+        total = 0.0
+        for inputs, targets, weights in data.in_order(rows_of_a_pass(self.module_)):
+            log_prob = self.criterion_.log_prob(self.module_(inputs), targets)
+            total += torch.dot(weights.double(), log_prob.double()).item()
+        return self.processes_.agreed(total)
+
     def explained(self) -> float:
         """1 − log p(D | w) / log p(D | the best constant): 0 for a network that ignores its inputs.
 
         1 where there is nothing to explain, as for a single class.
         """
         constant = self.criterion_.constant_log_likelihood(self.data_.targets, self.data_.weights)
-        if constant == 0:
-            return 1.0
-        log_likelihood = 0.0
-        for inputs, targets, weights in self.data_.in_order(rows_of_a_pass(self.module_)):
-            log_prob = self.criterion_.log_prob(self.module_(inputs), targets)
-            log_likelihood += torch.dot(weights.double(), log_prob.double()).item()
-        return self.processes_.agreed(1.0 - log_likelihood / constant)
+        return 1.0 if constant == 0 else 1.0 - self.log_likelihood(self.data_) / constant
 
     @full_precision()
     def log_joint_gradients(self) -> dict[str, torch.Tensor]:

@@ -110,7 +110,10 @@ def net_of(
         **params,
         **{f"optimizer__{name}": value for name, value in kind.settings.items()},
     )
-    return net.initialize()
+    net.initialize()
+    if holding:
+        start.begin(net.module_)
+    return net
 
 
 def weights_of(net):

@@ -25,7 +25,7 @@ from sklearn_softeq.layers import (
     SparseFC,
 )
 from sklearn_softeq.likelihoods import Categorical, Gaussian
-from sklearn_softeq.networks import ResidualBlock, SoftEquivariantNetwork
+from sklearn_softeq.networks import ResidualBlock, SiLU, SoftEquivariantNetwork
 
 Tensor = torch.Tensor
 Grid = tuple[int, int]
@@ -319,7 +319,7 @@ class Trace:
         return total
 
     def residual_block(self, block: ResidualBlock, name: str, x: Tensor) -> Tensor:
-        hidden = self.run(block.first, f"{name}.first", x).clamp_min(0)
+        hidden = self.run(block.activation, name, self.run(block.first, f"{name}.first", x))
         out = self.run(block.second, f"{name}.second", hidden)
         rows, columns = block.first.stride
         kept = roll_to_largest_grid(x, block.first.stride)[:, ::rows, ::columns]
@@ -335,7 +335,9 @@ class Trace:
         top, left = ((network.canvas[i] - image.shape[1 + i]) // 2 for i in (0, 1))
         x[:, top : top + image.shape[1], left : left + image.shape[2]] = image
         for i, block in enumerate(network.blocks):
-            x = self.run(block, f"blocks.{i}", x).clamp_min(0)
+            x = self.run(block, f"blocks.{i}", x)
+            if not isinstance(block, ResidualBlock):
+                x = self.run(network.activation, "", x)
         return self.run(network.head, "head", x).flatten()
 
     def sequential(self, layers: nn.Sequential, name: str, x: Tensor) -> Tensor:
@@ -346,8 +348,16 @@ class Trace:
     def relu(self, layer: nn.ReLU, name: str, x: Tensor) -> Tensor:
         return x.clamp_min(0)
 
+    def silu(self, layer: SiLU, name: str, x: Tensor) -> Tensor:
+        return silu(x)
+
     def flatten(self, layer: nn.Flatten, name: str, x: Tensor) -> Tensor:
         return x.flatten()
+
+
+def silu(x: Tensor) -> Tensor:
+    """√2 x / (1 + exp(−x))."""
+    return 2**0.5 * x / (1 + torch.exp(-x))
 
 
 RUNS = {
@@ -363,6 +373,7 @@ RUNS = {
     SoftEquivariantNetwork: Trace.stack,
     nn.Sequential: Trace.sequential,
     nn.ReLU: Trace.relu,
+    SiLU: Trace.silu,
     nn.Flatten: Trace.flatten,
 }
 

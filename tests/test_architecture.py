@@ -49,9 +49,11 @@ ORDER = (
     "schedules",
     "kfac",
     "training",
+    "trials",
     "course",
     # surface
     "simplification",
+    "assembly",
     "estimators",
     "display",
 )
@@ -60,7 +62,7 @@ ORDER = (
 HOMES = {
     "matplotlib": {"display"},
     "sklearn": {"validation", "datasets", "simplification", "estimators", "display"},
-    "skorch": {"training", "course"},
+    "skorch": {"training", "trials", "course"},
 }
 
 # Test modules that follow a question and not a module.

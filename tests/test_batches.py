@@ -65,6 +65,71 @@ def test_data_in_order():
     assert len(data) == 7
 
 
+# ── rows held out
+
+
+def labelled(labels):
+    data = numbered(len(labels))
+    return replace(data, targets=torch.tensor(labels))
+
+
+@pytest.mark.parametrize("every", [2, 5])
+def test_every_row_is_kept_or_held_out(every):
+    data, state = numbered(23), torch.get_rng_state()
+    kept, held = data.split(every, torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), state)
+    rows = [part.inputs.flatten() for part in (kept, held)]
+    assert sorted(torch.cat(rows).tolist()) == list(range(23))
+    assert 23 // every <= len(held) <= 23 // every + 1
+    for part in (kept, held):
+        assert torch.equal(part.targets, part.inputs.flatten().long() + 100)
+        assert torch.equal(part.weights, part.inputs.flatten() + 0.5)
+        assert part.inputs.flatten().tolist() == sorted(part.inputs.flatten().tolist())
+    # N is shared out by weight, also where the data stand for more than their sum.
+    assert kept.n_observations + held.n_observations == pytest.approx(23.0)
+    share = held.weights.sum() / data.weights.sum()
+    assert held.n_observations == pytest.approx(23.0 * share.item())
+
+
+def test_each_class_is_held_out_in_its_share():
+    data = labelled([0] * 50 + [1] * 30 + [2] * 20)
+    _, held = data.split(5, torch.Generator().manual_seed(0))
+    assert torch.bincount(held.targets).tolist() == [10, 6, 4]
+
+
+def test_equal_rows_are_held_out_together_whatever_their_order():
+    images = torch.randn(40, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    targets, repeats = torch.arange(40) % 4, 1 + torch.arange(40) % 3
+
+    def held(rows):
+        weights = torch.ones(len(rows))
+        data = TrainingData(images[rows], targets[rows], weights, len(rows))
+        kept, out = data.split(5, torch.Generator().manual_seed(3))
+        assert len(kept) + len(out) == len(rows)
+        return {tuple(image.flatten().tolist()) for image in out.inputs}
+
+    once = held(torch.arange(40))
+    assert len(once) == 8
+    assert held(torch.arange(40).flip(0)) == once
+    assert held(torch.arange(40).repeat_interleave(repeats)) == once
+
+
+def test_of_few_rows_one_is_held_out():
+    data = labelled([0, 0, 1])
+    kept, held = data.split(5, torch.Generator().manual_seed(0))
+    assert (len(kept), len(held)) == (2, 1)
+
+
+def test_rows_held_out_follow_the_generator():
+    data = labelled([0, 1] * 20)
+    seen = [
+        data.split(5, torch.Generator().manual_seed(seed))[1].inputs.flatten().tolist()
+        for seed in (0, 0, 1, 2, 3)
+    ]
+    assert seen[0] == seen[1]
+    assert any(rows != seen[0] for rows in seen[2:])
+
+
 # ── several processes
 
 

@@ -1,6 +1,7 @@
 """The evidence step, curvature for K-FAC, lengthscales, the course of a fit."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -129,11 +130,13 @@ def test_hyper_steps_raise_the_evidence_and_are_recorded():
     assert [("log_marginal_likelihood" in row) for row in rows] == [
         epoch in (2, 5) for epoch in range(1, 7)
     ]
-    for i in (1, 4):
-        row, (log_precision, weights) = rows[i], looks[i]
+    # At the mean of the weights since the last one, of at most three epochs.
+    for i, since in ((1, 0), (4, 2)):
+        row, log_precision = rows[i], looks[i][0]
+        epochs = [weights for _, weights in looks[since : i + 1]]
         with torch.no_grad():
             for name, w in net.module_.named_parameters():
-                w.copy_(weights[name])
+                w.copy_(sum(weights[name] for weights in epochs) / len(epochs))
         begin(net, data)
         objective = evidence.evaluate(net)
         start = objective.evidence(log_precision).value
@@ -146,6 +149,48 @@ def test_hyper_steps_raise_the_evidence_and_are_recorded():
             assert row[term] == pytest.approx(value, rel=1e-10)
         after = looks[i + 1][0]
         torch.testing.assert_close(after, log_precision, rtol=0, atol=1e-10)
+
+
+def test_training_goes_on_from_its_own_weights():
+    looks = []
+
+    class Look(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            looks.append(weights_of(net))
+
+    # A drift of the gauge moves weights, but not this early.
+    net = net_of(burn_in=5, every=3, max_epochs=5, callbacks=[("after", Look())])
+    net.callbacks_.insert(0, ("before", Look()))
+    net.partial_fit(data_of())
+    before, after = looks[-2:]
+    for name, w in before.items():
+        assert torch.equal(after[name], w)
+    means = sum(weights["head.output.weight"] for weights in looks[4::2]) / 3
+    assert not torch.allclose(means, after["head.output.weight"])
+
+
+def test_the_best_state_is_that_of_the_mean_weights():
+    seen = {}
+
+    class Look(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            if len(net.history) == 4:
+                seen["evidence"] = net.history[-1]["log_marginal_likelihood"]
+                seen["state"] = net.course.evidence.state
+
+        def on_epoch_begin(self, net, **kwargs):
+            if len(net.history) > 4:
+                with torch.no_grad():
+                    net.module_.head.output.weight.mul_(-30)
+
+    net = net_of(burn_in=4, every=2, max_epochs=6, steps=1, callbacks=[("look", Look())])
+    net.partial_fit(data_of())
+    weights, prior = seen["state"]
+    assert_weights(net, {name: weights[name] for name in weights_of(net)})
+    assert torch.equal(net.prior_.log_precision, prior["log_precision"])
+    # One hyper step later its evidence is what it was, or more.
+    assert net.laplace_.evidence(net.prior_.log_precision).value == pytest.approx(seen["evidence"])
+    assert net.course.evidence.state is None
 
 
 @pytest.mark.parametrize(("steps", "burn_in"), [(0, 1), (3, 10)])
@@ -337,7 +382,8 @@ def test_curvature_is_looked_at_every_other_epoch():
 
 
 def test_pathways_that_are_released_are_looked_at_before_their_first_step():
-    net, looks = kfac_net(start="symmetric", burn_in=2, every=3, max_epochs=4)
+    start = STARTS["symmetric"](threshold=0.0)  # which removes nothing
+    net, looks = kfac_net(start=start, burn_in=2, every=3, max_epochs=4)
     net.partial_fit(data_of())
     sizes = [len(known) for _, known, _ in looks.epochs]
     assert sizes[0] == sizes[1] < sizes[2] == len(net.enabled_tensors())
@@ -500,10 +546,11 @@ def test_a_step_follows_the_evidence_of_the_epoch_before():
             assert list(gradient) == list(net.module_.interpolations)
             expected.append(twin.step(log_omegas(net), gradient))
 
-    settings = {"burn_in": 2, "every": 2, "max_epochs": 8, "precision": 5.0}
+    # Of every epoch, so that the mean weights are the present ones.
+    settings = {"burn_in": 2, "every": 1, "max_epochs": 5, "precision": 5.0}
     _, record = learned(data, callbacks=[("predict", Predict())], **settings)
     assert len(expected) == 3
-    for epoch, predicted in zip((3, 5, 7), expected, strict=True):
+    for epoch, predicted in zip((3, 4, 5), expected, strict=True):
         assert record.begin[epoch - 1] == pytest.approx(predicted, rel=1e-9, abs=1e-12)
         moved = [name for name, value in predicted.items() if abs(value) > 1e-3]
         assert len(moved) == len(predicted) - 1  # the output of the last block is one pixel
@@ -611,6 +658,13 @@ def test_slopes_do_not_know_of_the_gauge():
 # ── the course of a fit
 
 
+class Scripted(LaplaceEvidence):
+    """All that is there is in use."""
+
+    def effective_dimensions(self, log_precision):
+        return dict.fromkeys(self.index, 9.0)
+
+
 class Script(EvidenceStep):
     """An evidence that follows a script, by epoch; the last value is that at the end."""
 
@@ -621,7 +675,7 @@ class Script(EvidenceStep):
         self.dimensions = dimensions or {}
 
     def evaluate(self, net, keep=False):
-        return LaplaceEvidence(self.final, {}, {}, net.prior_.index)
+        return Scripted(self.final, {}, {}, net.prior_.index)
 
     def on_epoch_end(self, net, **kwargs):
         epoch = len(net.history)
@@ -676,6 +730,38 @@ def test_the_best_state_knows_what_was_switched_off():
     assert net.module_.blocks[0].factored_fc.V.weight.abs().max() > 0
 
 
+class Idle(Scripted):
+    """The free pathway of the first block does nothing any more."""
+
+    def effective_dimensions(self, log_precision):
+        return {n: 0.0 if n.startswith("blocks.0.factored") else 9.0 for n in self.index}
+
+
+@pytest.mark.parametrize(("fall", "goes"), [(0.1, True), (20.0, False)])
+def test_what_idles_in_the_end_goes_unless_the_evidence_falls(fall, goes, monkeypatch):
+    data, looks = data_of(), []
+
+    def evaluate(self, net, keep=False):
+        on = net.module_.blocks[0].enabled["factored_fc"]
+        looks.append((on, keep))
+        return Idle(5.0 if on else 5.0 - fall, {}, {}, net.prior_.index)
+
+    monkeypatch.setattr(Script, "evaluate", evaluate)
+    monkeypatch.setattr(Script, "complete", evaluate)
+    record, script = Record(), Script(RISING, burn_in=1)
+    net = net_of(evidence=script, start="symmetric", callbacks=[("record", record)])
+    net.course.plateau.tol = 1.0  # for each of about 12 observations
+    net.partial_fit(data)
+    assert looks == [(True, True), (False, True)]
+    first = net.module_.blocks[0]
+    assert first.enabled["factored_fc"] is not goes
+    assert first.removed("factored_fc") is goes
+    kept = {n: w for n, w in weights_of(net).items() if not n.startswith("blocks.0.factored")}
+    assert all(torch.equal(w, record.weights[-1][n]) for n, w in kept.items())
+    if not goes:
+        assert_weights(net, record.weights[-1])
+
+
 def test_without_evidence_the_log_joint_is_the_figure():
     data, record = data_of(), Record()
     settings = {"steps": 0, "burn_in": 1, "every": 3, "max_epochs": 8, "lr": 0.05}
@@ -712,7 +798,12 @@ def test_weights_of_the_cooldown_are_averaged():
 
 def test_weights_are_averaged_in_one_gauge(monkeypatch):
     epochs = []
-    monkeypatch.setattr(course, "fix_gauge", lambda network, prior: epochs.append(len(net.history)))
+
+    def fix_gauge(network, prior):
+        epochs.append(len(net.history))
+        return {}
+
+    monkeypatch.setattr(course, "fix_gauge", fix_gauge)
     net = net_of(burn_in=2, every=1, schedule="cooldown", max_epochs=12)
     net.partial_fit(data_of())
     assert epochs == [*range(2, 10)]  # not in the cool-down
@@ -804,6 +895,36 @@ def test_release_at_the_end_of_the_burn_in():
     assert record.rates[:9] == pytest.approx(
         [full * f for f in (0.2, 0.4, 0.6, 0.2, 0.4, 0.6, 0.8, 1, 1)]
     )
+
+
+def test_what_is_released_goes_at_the_pace_of_its_prior():
+    seen = []
+
+    class Look(Callback):
+        def on_batch_end(self, net, **kwargs):
+            rates = {id(p): g["lr"] for g in net.optimizer_.param_groups for p in g["params"]}
+            tensors = net.module_.named_parameters()
+            seen.append(({n: rates[id(p)] for n, p in tensors}, net.prior_.precisions()))
+
+    net = net_of(
+        start="symmetric",
+        burn_in=2,
+        every=1,
+        schedule="cooldown",
+        max_epochs=8,
+        callbacks=[("look", Look())],
+    )
+    net.partial_fit(data_of())
+    released = net.course.start.released
+    assert set(released) == {n for n, _ in net.module_.named_parameters() if "factored_fc" in n}
+    for epoch, (rates, precisions) in enumerate(seen, 1):
+        full = rates["blocks.0.conv.weight"]
+        for name, rate in rates.items():
+            # Precisions that count in an epoch are those at its beginning.
+            slower = epoch > 2 and name in released and precisions[name] > released[name]
+            factor = math.sqrt(released[name] / precisions[name]) if slower else 1.0
+            assert rate == pytest.approx(full * factor, rel=1e-9)
+    assert any(rates["blocks.0.conv.weight"] > min(rates.values()) for rates, _ in seen)
 
 
 @pytest.mark.parametrize("steps", [0, 1])

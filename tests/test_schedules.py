@@ -9,6 +9,7 @@ from cases import randomise
 
 from sklearn_softeq import schedules
 from sklearn_softeq.curvature import kronecker_factors
+from sklearn_softeq.groups import P1, P4, PM
 from sklearn_softeq.hyperparameters import LOG_PRECISION_BOUNDS, LayerwisePrior, squared_norms
 from sklearn_softeq.kronecker import spectra
 from sklearn_softeq.likelihoods import Categorical
@@ -23,6 +24,7 @@ from sklearn_softeq.schedules import (
     SymmetricStart,
     fix_gauge,
     restart_jointly,
+    symmetries,
 )
 
 ALL = ("conv", "factored_fc", "fc")
@@ -196,8 +198,8 @@ def test_scale_of_the_readout_and_of_residual_branches():
     for start, kind in STARTS.items():
         network = build_network((1, 4, 4), 3, scale=kind.scale, **options)
         scales[start] = {name: layer.scale for name, layer in network.layers.items()}
-    expected = {"blocks.0.first": 1, "blocks.0.second": 2, "blocks.1.first": 1}
-    expected |= {"blocks.1.second": 2, "head.hidden": 1}  # the branches of two blocks
+    expected = {"blocks.0.first": 1, "blocks.0.second": 4, "blocks.1.first": 1}
+    expected |= {"blocks.1.second": 4, "head.hidden": 1}  # the branches of two blocks, halved
     assert scales["symmetric"] == pytest.approx({n: v**-0.5 for n, v in expected.items()})
     assert scales["joint"] == pytest.approx({n: (2 * v) ** -0.5 for n, v in expected.items()})
 
@@ -211,6 +213,7 @@ def test_joint_start_does_nothing():
     assert start.release(network, prior, learn=True) is False
     for _ in range(10):
         start.prune(network, dict.fromkeys(prior.index, 0.0))
+    assert start.settle(network, dict.fromkeys(prior.index, 0.0)) is False
     assert enabled(network) == [dict.fromkeys(ALL, True)] * 2
     assert prior.precisions() == precisions
     assert all(torch.equal(w, state[name]) for name, w in network.named_parameters())
@@ -357,6 +360,61 @@ def test_all_pathways_of_the_largest_group_begin():
     assert enabled(network) == [{"p4_conv": True, "conv": False, "pm_conv": True}] * 2
 
 
+def test_symmetries_are_the_groups_from_the_largest_on():
+    assert symmetries([None, P1, P4, None, P1, PM]) == [P4, PM, P1]
+    assert symmetries([None]) == []
+
+
+def test_symmetric_start_with_a_group_of_its_own():
+    network = group_network()
+    SymmetricStart(group=P1).begin(network)
+    block = {"p4_conv": False, "conv": True, "factored_fc": False}
+    # From one pixel, what is free commutes with shifts; what is pooled would keep quarter turns.
+    readout = {"pooled": False, "free": True}
+    on = {name: layer.enabled for name, layer in network.layers.items()}
+    assert on == {"blocks.0": block, "blocks.1": block, "head.hidden": readout}
+    network = network_of("p4_conv", "pm_conv", "conv", shape=(1, 4, 4), width=1)
+    SymmetricStart(group=PM).begin(network)
+    assert enabled(network) == [{"p4_conv": False, "pm_conv": True, "conv": False}] * 2
+    assert network.head.hidden.enabled == {"pooled": True, "free": False}  # over all orientations
+
+
+@pytest.mark.parametrize("architecture", ["auto", "resnet"])
+@pytest.mark.parametrize("group", [None, P4, P1], ids=str)
+def test_what_begins_keeps_its_variance(group, architecture):
+    pathways = ("p4_conv", "conv", "sparse_conv", "factored_fc")
+    options = {"shape": (1, 4, 4), "width": 1, "architecture": architecture, "scale": "symmetric"}
+    network = network_of(*pathways, **options)
+    before = {name: layer.scale for name, layer in network.layers.items()}
+    SymmetricStart(group=group).begin(network)
+    for name, layer in network.layers.items():
+        n_on = 2 if group == P1 and name != "head.hidden" else 1
+        assert sum(layer.enabled.values()) == n_on
+        assert layer.scale == pytest.approx(before[name] / n_on**0.5)
+
+
+@pytest.mark.parametrize("group", [P4, P1], ids=lambda group: group.name)
+def test_what_is_held_back_hangs_on_the_group(group):
+    network = group_network()
+    prior, start, x = prior_of(network, 3.0), SymmetricStart(group=group), images(shape=(1, 4, 4))
+    start.begin(network)
+    first = network(x)
+    assert start.release(network, prior, learn=True) is True
+    assert torch.equal(network(x), first)
+    held = {"conv", "factored_fc", "free"} if group == P4 else {"p4_conv", "factored_fc", "pooled"}
+    changed = {n for n, v in prior.precisions().items() if v != pytest.approx(3.0)}
+    names = [n for n, _ in network.named_parameters() if held & set(n.split("."))]
+    assert changed == {name for name in names if name.endswith("weight")}
+    assert set(start.charges(network)) == set(names)
+    assert not start.settle(network, dict.fromkeys(dict(network.named_parameters()), 1.0))
+    # Only what was held back can be removed.
+    gamma = dict.fromkeys((n for n, _ in network.named_parameters()), 0.0)
+    for _ in range(start.patience):
+        start.prune(network, gamma)
+    off = {n for layer in network.layers.values() for n, on in layer.enabled.items() if not on}
+    assert off == held
+
+
 @pytest.mark.parametrize("architecture", ["auto", "resnet"])
 @pytest.mark.parametrize(
     "pathways",
@@ -430,6 +488,7 @@ def test_restart_begins_anew_with_everything(architecture):
     for name, w in network.named_parameters():
         assert (torch.count_nonzero(w) == 0) == name.endswith("bias")
     twin = group_network(architecture=architecture)
+    SymmetricStart().begin(twin)
     restart_jointly(twin, prior_of(twin), torch.Generator().manual_seed(1))
     assert all(torch.equal(w, twin.get_parameter(name)) for name, w in network.named_parameters())
 
@@ -442,16 +501,38 @@ def test_restart_of_what_holds_nothing_back(pathways):
     assert all(torch.equal(w, state[name]) for name, w in network.named_parameters())
 
 
-def test_charges_of_what_is_held_back_and_free():
+def test_charges_of_what_is_held_back():
     network = group_network()
     found = SymmetricStart(charge=3.0).charges(network)
-    # Not conv: beside p4_conv it is held back, but a convolution, too.
-    free = [name for name in held_tensors(network) if ".conv." not in name]
-    assert found == dict.fromkeys(free, 3.0)
-    assert len(found) == 2 * 4 + 2  # the factors of two blocks, the readout
+    assert found == dict.fromkeys(held_tensors(network), 3.0)
+    # conv and the factors of two blocks, the readout
+    assert len(found) == 2 * (2 + 4) + 2
     network = network_of("conv", "sparse_conv", "sparse_fc")
     found = SymmetricStart().charges(network)
     assert set(found) == {n for n, _ in network.named_parameters() if "sparse_fc" in n}
+
+
+# ── learning rates of what is released
+
+
+def test_paces_fall_with_the_standard_deviation_of_the_prior():
+    network = network_of("conv", "factored_fc")
+    prior, start = prior_of(network, 3.0), SymmetricStart()
+    start.begin(network)
+    assert start.paces(prior) == {}
+    start.release(network, prior, learn=True)
+    held = [name for name in held_tensors(network) if ".conv." not in name]
+    assert start.paces(prior) == dict.fromkeys(held, 1.0)
+    first, second, *others = held
+    for name, factor in ((first, 16.0), (second, 0.25)):
+        prior.set_precision(name, factor * prior.precisions()[name])
+    found = start.paces(prior)
+    assert found[first] == pytest.approx(0.25, rel=1e-12)
+    assert found[second] == 1.0  # never above the common rate
+    assert {found[name] for name in others} == {1.0}
+    prior.keep([name for name in prior.index if name != first])
+    assert set(start.paces(prior)) == {second, *others}
+    assert JointStart().paces(prior) == {}
 
 
 # ── removal
@@ -468,10 +549,24 @@ def dimensions(network, default=100.0, **values):
     return found
 
 
+def test_what_is_low_in_the_end_goes_at_once():
+    network, start = network_of(*ALL), SymmetricStart()
+    found = dimensions(network, blocks__0__factored_fc=0.8, blocks__1__fc=0.1)
+    assert start.settle(network, found) is True
+    assert enabled(network) == [
+        {"conv": True, "factored_fc": False, "fc": True},
+        {"conv": True, "factored_fc": True, "fc": False},
+    ]
+    assert all(torch.count_nonzero(w) == 0 for w in network.blocks[1].fc.parameters())
+    assert start.settle(network, found) is False
+    low_convolutions = dimensions(network, blocks__0__conv=0.0, blocks__1__conv=0.0)
+    assert start.settle(network, low_convolutions) is False  # which nothing stands beside
+
+
 def test_prune_removes_after_patience_low_values_in_a_row():
     network = network_of(*ALL)
     start, x = SymmetricStart(), images()
-    low = dimensions(network, blocks__0__factored_fc=0.9)
+    low = dimensions(network, blocks__0__factored_fc=0.8)
     high = dimensions(network, blocks__0__factored_fc=1.1)
     for values in (low, low, high, low, low):
         start.prune(network, values)

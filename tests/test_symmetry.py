@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import randomise
-from references import IDENTITY, inverse, move, pixels, roll_to_largest_grid, times
+from references import IDENTITY, inverse, move, pixels, roll_to_largest_grid, silu, times
 
 from sklearn_softeq.groups import GROUPS, P1, P4, P4M, PM
 from sklearn_softeq.layers import FactoredFC, GroupConv, PathwaySum
@@ -208,7 +208,7 @@ def slow_output_shares(network, x, counts):
                     energy[i, j] += (
                         count * path(rolled if name == "conv" else features).square().sum().item()
                     )
-            features = block(features).clamp_min(0)
+            features = silu(block(features))
     return energy / energy.sum(1, keepdims=True)
 
 
@@ -296,7 +296,7 @@ def blockwise(network, x):
     features = network.pad(x)
     for block in network.blocks:
         yield features
-        features = torch.relu(block(features))
+        features = silu(block(features))
 
 
 @pytest.mark.parametrize("free", ["fc", "factored_fc"])

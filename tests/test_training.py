@@ -235,6 +235,48 @@ def test_adam_never_decays_implicitly():
     )
 
 
+# ── learning rates of single tensors
+
+
+def test_a_pace_scales_the_steps_of_its_tensor():
+    data, moved = data_of(9), {}
+    for pace in (1.0, 0.25):
+        torch.manual_seed(0)
+        net = in_training(net_of(schedule="cooldown"), data)
+        before, name = weights_of(net), "blocks.0.conv.weight"
+        net.set_paces({name: pace})
+        net.update_decay()
+        net.course.rate.hand_to(net.optimizer_, 2)
+        rates = [group["lr"] for group in net.optimizer_.param_groups]
+        assert rates == pytest.approx([0.004, 0.004 * pace])
+        net.train_step((data.inputs, (data.targets, data.weights, None, len(data))))
+        moved[pace] = {n: w - before[n] for n, w in weights_of(net).items()}
+    for tensor, step in moved[1.0].items():
+        assert step.abs().max() > 0
+        expected = 0.25 * step if tensor == name else step
+        torch.testing.assert_close(moved[0.25][tensor], expected, rtol=1e-9, atol=1e-15)
+
+
+def test_each_tensor_has_one_pace():
+    net = in_training(net_of(), data_of(9))
+    names = ["blocks.0.conv.weight", "blocks.1.conv.weight"]
+    for paces in ([0.5], [0.25, 0.75], [1.0, 0.1]):
+        net.set_paces(dict(zip(names, paces, strict=False)))
+        groups = net.optimizer_.param_groups
+        assert [group.get("pace") for group in groups] == [None, *paces]
+        parameters = [p for group in groups for p in group["params"]]
+        assert sorted(map(id, parameters)) == sorted(map(id, net.module_.parameters()))
+    net.discard([("blocks.0", "conv")])
+    assert [group.get("pace") for group in net.optimizer_.param_groups] == [None, 0.1]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "kfac"])
+def test_only_steps_of_a_given_length_have_paces(optimizer):
+    net = in_training(net_of(optimizer=optimizer), data_of(9))
+    net.set_paces({"blocks.0.conv.weight": 0.5})
+    assert len(net.optimizer_.param_groups) == 1
+
+
 # ── beginning from another net
 
 

@@ -1,0 +1,230 @@
+"""Nets put together from the parameters of an estimator."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .batches import AUGMENTATIONS, Batches, TrainingData
+from .budget import plan_curvature
+from .course import Course, EvidenceStep, Preconditioner, ProgressLine
+from .groups import PointGroup
+from .layers import PATHWAYS
+from .likelihoods import Categorical
+from .marginal_likelihood import HYPER_SOLVERS, LengthscaleSolver
+from .networks import build_network
+from .schedules import (
+    STARTS,
+    WARM_UP,
+    JointStart,
+    LearningRate,
+    Plateau,
+    Start,
+    SymmetricStart,
+    restart_jointly,
+    symmetries,
+)
+from .training import OPTIMIZERS, SoftEquivariantNet
+from .trials import HELD_OUT, Trial, best_symmetry
+from .validation import check_names
+
+__all__ = ["Assembly", "Seeds"]
+
+
+class Seeds(NamedTuple):
+    """Of all that is random in a fit, each by itself."""
+
+    curvature: int
+    batches: int
+    weights: int
+    augmentation: int
+    preconditioner: int
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Puts nets together for one call of ``fit`` or ``partial_fit``.
+
+    Parameters
+    ----------
+    clf : SoftEquivariantClassifier
+        Its parameters count, with image shape, classes and device, which are known by now.
+    data : TrainingData
+    seeds : Seeds
+    """
+
+    clf: Any
+    data: TrainingData
+    seeds: Seeds
+
+    def first(self, endless: bool) -> tuple[dict[str, float], SoftEquivariantNet]:
+        """A net at its start, and the scores of the symmetries that have been tried for it."""
+        groups = [] if endless else self._groups_to_try()
+        if not groups:
+            start = self._start()
+            return {}, self._begun(start, self._course(start, self.burn_in, True, endless))
+        group, tried, scores = best_symmetry(
+            self._trial,
+            groups,
+            self._rate,
+            self.data,
+            torch.Generator().manual_seed(self.seeds.curvature),
+        )
+        start = JointStart() if group is None else self._start(group)
+        net = self._begun(start, self._course(start, WARM_UP, True, endless))
+        net.take_over(tried)
+        return scores, net
+
+    def further(self, previous: SoftEquivariantNet, endless: bool) -> SoftEquivariantNet:
+        """A net that goes on from another one."""
+        before = previous.course.start
+        joint = isinstance(before, JointStart)
+        start = JointStart() if joint else self._start(before.group, before.released)
+        holding = previous.course.holding
+        net = self._begun(start, self._course(start, self.burn_in, holding, endless))
+        net.take_over(previous, history=endless)
+        net.course.rate.rewarm(len(net.history))
+        return net
+
+    @property
+    def burn_in(self) -> int:
+        """Epochs before the first evidence."""
+        # A short training needs all of its pathways for half of its time.
+        return min(self.clf.burn_in, max(self.clf.max_epochs // 2, 1))
+
+    @property
+    def initial_rate(self) -> float:
+        """The rate at the beginning of training."""
+        clf = self.clf
+        return OPTIMIZERS[clf.optimizer].lr if clf.lr is None else clf.lr
+
+    @property
+    def _pathways(self) -> tuple[str, ...]:
+        return check_names(self.clf.pathways, PATHWAYS, "pathways")
+
+    def _groups_to_try(self) -> list[PointGroup | None]:
+        """What a symmetric start can begin with, if there is a choice and rows to decide by.
+
+        None stands for all pathways, where some have no symmetry.
+        """
+        of_pathways = [PATHWAYS[name].group for name in self._pathways]
+        groups = symmetries(of_pathways)
+        choice = self.clf.start == "symmetric" and len(groups) > 1 and len(self.data) >= HELD_OUT
+        return [*groups, *([None] if None in of_pathways else [])] if choice else []
+
+    def _start(
+        self, group: PointGroup | None = None, released: Mapping[str, float] | None = None
+    ) -> Start:
+        if self.clf.start != "symmetric":
+            return JointStart()
+        return SymmetricStart(group=group, released=dict(released or {}))
+
+    def _rate(self, endless: bool = False) -> LearningRate:
+        # Without an end "cooldown" is a warm-up and then the full rate.
+        schedule = self.clf.lr_schedule
+        schedule = "cooldown" if endless and schedule == "cosine" else schedule
+        return LearningRate(schedule, self.initial_rate, self.clf.max_epochs)
+
+    def _trial(self, group: PointGroup | None, number: int, trial: Trial) -> SoftEquivariantNet:
+        callbacks = [*self._preconditioner(), ("trial", trial)]
+        net = self._net(callbacks, self.burn_in, self.seeds.weights + number)
+        self._start(group).begin(net.module_)
+        if group is None:
+            restart_jointly(net.module_, net.prior_, net.generator())
+        return net
+
+    def _begun(self, start: Start, course: Course) -> SoftEquivariantNet:
+        max_epochs = 1 if course.endless else self.clf.max_epochs
+        net = self._net(self._callbacks(course), max_epochs)
+        start.begin(net.module_)
+        return net
+
+    def _course(self, start: Start, burn_in: int, holding: bool, endless: bool) -> Course:
+        return Course(
+            self._evidence_step(burn_in),
+            start,
+            self._rate(endless),
+            Plateau(max(self.clf.tol, 1.0 / self.data.n_observations), self.clf.n_iter_no_change),
+            self.clf.keep_best,
+            holding=holding,
+            endless=endless,
+        )
+
+    def _callbacks(self, course: Course) -> list:
+        """Ours, then copies of the user's, which find our entries in the history."""
+        output = [("progress", ProgressLine())] if self.clf.verbose else []
+        users = copy.deepcopy(list(self.clf.callbacks or ()))
+        ours = [("evidence", course.evidence), *self._preconditioner(), *output]
+        return [*ours, ("course", course), *users]
+
+    def _preconditioner(self) -> list:
+        if self.clf.optimizer != "kfac":
+            return []
+        n_columns = len(self.clf.classes_) - 1
+        return [("preconditioner", Preconditioner(self.seeds.preconditioner, n_columns))]
+
+    def _evidence_step(self, burn_in: int) -> EvidenceStep:
+        clf = self.clf
+        solver = HYPER_SOLVERS[clf.hyper_solver]
+        learn_lengthscale = clf.learn_prior and clf.learn_lengthscale
+        return EvidenceStep(
+            solver() if clf.hyper_lr is None else solver(clf.hyper_lr),
+            steps=clf.hyper_steps if clf.learn_prior else 0,
+            burn_in=burn_in,
+            every=clf.evidence_every,
+            plan=partial(
+                plan_curvature,
+                n_outputs=len(clf.classes_),
+                curvature=clf.curvature,
+                samples=clf.curvature_samples,
+                subset=clf.curvature_subset,
+                kfac=clf.kfac,
+                every=clf.evidence_every,
+                lengthscales=learn_lengthscale,
+            ),
+            seed=self.seeds.curvature,
+            lengthscales=LengthscaleSolver() if learn_lengthscale else None,
+        )
+
+    def _net(self, callbacks: list, max_epochs: int, seed: int | None = None) -> SoftEquivariantNet:
+        clf, seeds = self.clf, self.seeds
+        optimizer = OPTIMIZERS[clf.optimizer]
+        net = SoftEquivariantNet(
+            build_network,
+            criterion=Categorical,
+            optimizer=optimizer.build,
+            lr=self.initial_rate,
+            max_epochs=max_epochs,
+            batch_size=clf.batch_size,
+            iterator_train=Batches,
+            iterator_train__random_state=np.random.RandomState(seeds.batches),
+            iterator_train__augment=_augmentation(clf.augment),
+            iterator_train__augment_state=np.random.RandomState(seeds.augmentation),
+            train_split=None,
+            callbacks=callbacks,
+            verbose=0,
+            device=str(clf.device_),
+            prior_precision=clf.prior_precision,
+            seed=seeds.weights if seed is None else seed,
+            amp=clf.amp,
+            compiled=clf.compile,
+            module__image_shape=clf.image_shape_,
+            module__n_outputs=len(clf.classes_),
+            module__pathways=self._pathways,
+            module__architecture=clf.architecture,
+            module__width=clf.width,
+            module__scale=STARTS[clf.start].scale,
+            module__activation=clf.activation,
+            module__anchor_fraction=clf.anchor_fraction,
+            module__dtype=self.data.inputs.dtype,
+            **{f"optimizer__{name}": value for name, value in optimizer.settings.items()},
+        )
+        return net.initialize()
+
+
+def _augmentation(augment):
+    return AUGMENTATIONS[augment] if isinstance(augment, str) else augment

@@ -1,0 +1,127 @@
+"""Which symmetry a network begins with, judged by rows that are held out."""
+
+import itertools
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from nets import Record, data_of, net_of, weights_of
+
+from sklearn_softeq.groups import P1, P4, PM
+from sklearn_softeq.schedules import LearningRate, SymmetricStart
+from sklearn_softeq.trials import HELD_OUT, JOINT_MARGIN, N_TRIALS, Trial, best_symmetry
+
+PATHWAYS = ("p4_conv", "pm_conv", "conv")
+EPOCHS = 8
+rate = partial(LearningRate, "cooldown", 0.02, 100)
+
+
+def trial_net(trial, *, record=None, group=None, pathways=("conv",), max_epochs=EPOCHS):
+    callbacks = [("trial", trial)] + ([("record", record)] if record else [])
+    net = net_of(pathways=pathways, max_epochs=max_epochs, module__width=1)
+    net.callbacks_ = callbacks
+    SymmetricStart(group=group).begin(net.module_)
+    return net
+
+
+def test_score_is_that_of_the_held_out_rows_at_the_mean_of_the_last_weights():
+    kept, held = data_of(), data_of(n=7)
+    record, trial = Record(), Trial(rate(), held)
+    net = trial_net(trial, record=record).partial_fit(kept)
+    last = record.weights[-EPOCHS // 4 :]
+    for name, found in weights_of(net).items():
+        torch.testing.assert_close(found, sum(w[name] for w in last) / len(last))
+        assert not torch.equal(found, record.weights[-1][name])
+    log_p = net.module_(held.inputs).log_softmax(1)[range(7), held.targets]
+    expected = (held.weights * log_p).sum() / held.weights.sum()
+    assert trial.score == pytest.approx(expected.item())
+
+
+def test_a_trial_of_one_epoch_has_a_score():
+    trial = Trial(rate(), data_of(n=7))
+    net = trial_net(trial, max_epochs=1).partial_fit(data_of())
+    assert np.isfinite(trial.score)
+    assert len(net.history) == 1
+
+
+def test_rates_are_those_of_the_schedule():
+    record = Record()
+    trial_net(Trial(rate(), data_of(n=7)), record=record).partial_fit(data_of())
+    assert record.rates == pytest.approx([0.004, 0.008, 0.012, 0.016, *[0.02] * 4])
+
+
+def given_scores(monkeypatch, scores):
+    given = iter(scores)
+    monkeypatch.setattr(
+        Trial, "on_train_end", lambda self, net, **kwargs: setattr(self, "score", next(given))
+    )
+
+
+@pytest.mark.parametrize(
+    ("scores", "best", "number"),
+    [
+        ((-1.0, -4.0, -5.0, -3.0, -3.0, -3.0, -2.0, -6.0, -7.0), P4, 0),
+        ((-9.0, -8.0, -3.0, -2.0, -2.5, -4.0, -6.0, -5.0, -1.0), P1, 2),
+        ((-2.0, -2.0, -2.0, -3.0, -1.0, -1.0, -1.0, -1.0, -2.0), PM, 1),
+    ],
+)
+def test_the_best_symmetry_goes_on(scores, best, number, monkeypatch):
+    given_scores(monkeypatch, scores)
+    built, records = {}, {}
+
+    def build(group, number, trial):
+        records[group, number] = Record()
+        built[group, number] = trial_net(
+            trial, record=records[group, number], group=group, pathways=PATHWAYS
+        )
+        return built[group, number]
+
+    data, state = data_of(n=20), torch.get_rng_state()
+    generator = torch.Generator().manual_seed(1)
+    group, net, found = best_symmetry(build, (P4, PM, P1), rate, data, generator)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (group, net) == (best, built[best, number])
+    assert list(built) == list(itertools.product((P4, PM, P1), range(N_TRIALS)))
+    assert list(found) == ["p4", "pm", "p1"]
+    assert list(found.values()) == [max(scores[i : i + 3]) for i in (0, 3, 6)]
+    seen = [torch.cat(record.inputs[:1]) for record in records.values()]
+    assert all(torch.equal(a, b) for a, b in itertools.pairwise(seen))  # the same rows for all
+    assert len(seen[0]) == 20 - 20 // HELD_OUT
+    for (group, _), record in records.items():
+        on = record.enabled[-1][0]
+        assert [name for name in on if on[name]] == {
+            P4: ["p4_conv"],
+            PM: ["pm_conv"],
+            P1: ["conv"],
+        }[group]
+
+
+@pytest.mark.parametrize(("lead", "best"), [(0.9, P1), (1.1, None)])
+def test_all_together_need_a_margin(lead, best, monkeypatch):
+    given_scores(monkeypatch, [-5.0, -4.0, -6.0, -4.0 + lead * JOINT_MARGIN])
+
+    def build(group, number, trial):
+        return trial_net(trial, group=group, pathways=PATHWAYS)
+
+    generator = torch.Generator().manual_seed(1)
+    group, net, found = best_symmetry(build, (P1, None), rate, data_of(n=20), generator)
+    assert group is best
+    assert len(net.history) == EPOCHS
+    assert found == {"p1": -4.0, "joint": -4.0 + lead * JOINT_MARGIN}
+
+
+def test_held_out_rows_are_not_trained_on():
+    data, nets = data_of(n=20), []
+
+    def build(group, number, trial):
+        nets.append((trial, record := Record()))
+        return trial_net(trial, record=record)
+
+    best_symmetry(build, (P1,), rate, data, torch.Generator().manual_seed(1))
+    assert len(nets) == N_TRIALS
+    for trial, record in nets:
+        assert len(trial.held) == 4
+        for inputs in record.inputs:
+            for image in trial.held.inputs:
+                assert not (inputs == image).flatten(1).all(1).any()
