@@ -35,31 +35,31 @@ def test_check_estimator_default():
     assert statuses(SoftEquivariantClassifier()) == set()
 
 
+#: 63 checks fit more than a hundred times; the quick test has the default budget.
+SHORT = {"max_epochs": 60, "evidence_every": 15}
 # Rows of f features are images of one row, for a group with quarter turns on a square canvas: f²
 # pixels, at which a network of few channels must do.
-SHORT = {"evidence_every": 15, "max_epochs": 80}
 SUMS = [
     {"pathways": ("fc",)},
     {"pathways": ("factored_fc",)},
     {"pathways": ("sparse_fc",), "anchor_fraction": 1.0},
-    {"pathways": ("conv", "fc"), "max_epochs": 80},
-    {"pathways": ("fc", "factored_fc"), "max_epochs": 80},
-    {"pathways": ("conv", "fc", "factored_fc"), "max_epochs": 80},
+    {"pathways": ("conv", "fc")},
+    {"pathways": ("fc", "factored_fc")},
+    {"pathways": ("conv", "fc", "factored_fc")},
     {
         "pathways": ("conv", "sparse_conv", "fc", "factored_fc", "sparse_fc", "pm_conv"),
         "width": 2,
-        "max_epochs": 80,
     },
-    {"pathways": ("p4_conv", "conv", "factored_fc"), "width": 2, **SHORT},
+    {"pathways": ("p4_conv", "conv", "factored_fc"), "width": 2},
     # A free map between 32×32 pixels with orientations would take minutes for each evidence.
-    {"pathways": tuple(name for name in PATHWAYS if name != "fc"), "width": 2, **SHORT},
+    {"pathways": tuple(name for name in PATHWAYS if name != "fc"), "width": 2},
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", SUMS, ids=str)
 def test_check_estimator_pathways(options):
-    assert names(statuses(SoftEquivariantClassifier(**options))) <= {ROUNDING}
+    assert names(statuses(SoftEquivariantClassifier(**{**options, **SHORT}))) <= {ROUNDING}
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_weights_are_repetitions(options):
     ids=str,
 )
 def test_check_estimator_options(options):
-    assert names(statuses(SoftEquivariantClassifier(**options))) <= {ROUNDING}
+    assert names(statuses(SoftEquivariantClassifier(**{**options, **SHORT}))) <= {ROUNDING}
 
 
 @pytest.mark.slow
@@ -98,13 +98,13 @@ def test_check_estimator_options(options):
         {"pathways": "sparse_conv"},
         {"pathways": "pm_conv", "width": 2},
         {"pathways": "p4_conv", "width": 2},
-        {"pathways": "p4m_conv", "width": 2, **SHORT},
-        {"pathways": "sparse_fc", "max_epochs": 80},  # one anchor for two pixels
+        {"pathways": "p4m_conv", "width": 2},
+        {"pathways": "sparse_fc"},  # one anchor for two pixels
     ],
     ids=str,
 )
 def test_check_estimator_symmetric_in_two_features(options):
     # On rows of two features a strict convolution network is a symmetric function of the two, and
     # the blobs of check_classifiers_train cannot be told apart by one.
-    failed = names(statuses(SoftEquivariantClassifier(**options)))
+    failed = names(statuses(SoftEquivariantClassifier(**{**options, **SHORT})))
     assert failed <= {"check_classifiers_train", ROUNDING}
