@@ -69,7 +69,14 @@ MODELS = {
     "all": (("p4_conv", "conv", "factored_fc", "sparse_fc"), 1),
 }
 ALL = "all"
+#: Tasks with and without a symmetry, the change of the logits under it, and the pathways of the sum
+#: that do not keep it.
+PAIRS = (
+    ("digit", "quadrant", "shifts", ("factored_fc", "sparse_fc")),
+    ("rotated", "rotation", "turns", ("conv", "factored_fc", "sparse_fc")),
+)
 HARD_CODED = ("conv", "factored_fc", "sparse_fc", "p4_conv")
+FREE = ("factored_fc", "sparse_fc")
 PRIORS = {"MAP": {"learn_prior": False}, "learned": {}}
 
 
@@ -213,7 +220,7 @@ def table_of(fits: Fits) -> list[tuple[str, ...]]:
                 interval([f["ece"] for f in found], 3),
                 interval([f["log_evidence"] for f in found]),
                 interval([f["linear_term"] for f in found]),
-                interval([free(f, "effective_dimensions").sum() for f in found], 1),
+                interval([of_pathways(f, "effective_dimensions").sum() for f in found], 1),
                 interval([f["shifts"][-1] for f in found]),
                 interval([f["turns"][-1] for f in found]),
                 f"{np.mean([f['epochs'] for f in found]):.0f}",
@@ -223,12 +230,42 @@ def table_of(fits: Fits) -> list[tuple[str, ...]]:
     return rows
 
 
-def free(fit: dict, figure: str) -> np.ndarray:
-    """A figure of the free pathways, (layers, pathways), without the readout's."""
+def of_pathways(fit: dict, figure: str, pathways: tuple[str, ...] = FREE) -> np.ndarray:
+    """A figure of these pathways, (layers, pathways), without the readout's."""
     names = fit["pathways"]
-    columns = [j for j, name in enumerate(names) if name.endswith("_fc")]
+    columns = [j for j, name in enumerate(names) if name in pathways]
     table = np.array(fit[figure], dtype=float)
     return table[: len(table) - ("free" in names)][:, columns]
+
+
+def told_apart(cells: dict[Cell, Fits]) -> list[tuple[str, ...]]:
+    """What the sum says of a symmetry where it is there and where it is broken, over seeds."""
+    rows = []
+    for data, (kept, broken, error, free) in product(SETS, PAIRS):
+        both = [cells.get((data, task), {}).get((ALL, "learned")) for task in (kept, broken)]
+        if not all(both):
+            continue
+        errors = [[fit[error][-1] for fit in fits.values()] for fits in both]
+        # A pathway that was removed has an infinite precision; the lowest one is the most open.
+        precisions = [
+            [
+                np.nan_to_num(of_pathways(fit, "log_precisions", free), nan=np.inf).min()
+                for fit in fits.values()
+            ]
+            for fits in both
+        ]
+        apart = max(errors[0]) < min(errors[1]) and min(precisions[0]) > max(precisions[1])
+        rows.append(
+            (
+                data,
+                f"{kept} / {broken}",
+                " / ".join(str(len(fits)) for fits in both),
+                " / ".join(f"{min(found):.2f} to {max(found):.2f}" for found in errors),
+                " / ".join(f"{min(found):.1f} to {max(found):.1f}" for found in precisions),
+                "yes" if apart else "no",
+            )
+        )
+    return rows
 
 
 def best_hard_coded(fits: Fits) -> tuple[str, str] | None:
@@ -319,3 +356,6 @@ if __name__ == "__main__":
             print_table((*head, *evidence, *errors), table_of(fits))
     what = ("NLL", "log evidence", "accuracy, %", "NLL, learned − MAP")
     print_table(("set", "task", "best hard-coded", "pairs", *what, "met"), promises(cells))
+    what = ("change of the logits", "lowest log precision that breaks it", "apart")
+    print()
+    print_table(("set", "tasks", "fits", *what), told_apart(cells))

@@ -7,7 +7,6 @@ from sklearn.utils.estimator_checks import (
 )
 
 from sklearn_softeq import SoftEquivariantClassifier
-from sklearn_softeq.layers import PATHWAYS
 
 N_CHECKS = 63  # a classifier with predict_proba, sample_weight and class_weight
 
@@ -51,8 +50,6 @@ SUMS = [
         "width": 2,
     },
     {"pathways": ("p4_conv", "conv", "factored_fc"), "width": 2},
-    # A free map between 32×32 pixels with orientations would take minutes for each evidence.
-    {"pathways": tuple(name for name in PATHWAYS if name != "fc"), "width": 2},
 ]
 
 
