@@ -30,12 +30,19 @@ def names(lines):
     return {line.split(":")[0] for line in lines}
 
 
+#: 63 checks fit more than a hundred times; one slow test has the default budget.
+SHORT = {"max_epochs": 60, "evidence_every": 15}
+
+
+def test_check_estimator():
+    assert statuses(SoftEquivariantClassifier(**SHORT)) == set()
+
+
+@pytest.mark.slow
 def test_check_estimator_default():
     assert statuses(SoftEquivariantClassifier()) == set()
 
 
-#: 63 checks fit more than a hundred times; the quick test has the default budget.
-SHORT = {"max_epochs": 60, "evidence_every": 15}
 # Rows of f features are images of one row, for a group with quarter turns on a square canvas: f²
 # pixels, at which a network of few channels must do.
 SUMS = [
