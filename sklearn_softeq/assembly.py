@@ -64,18 +64,16 @@ class Assembly:
     def first(self, endless: bool) -> tuple[dict[str, float], SoftEquivariantNet]:
         """A net at its start, and the scores of the symmetries that have been tried for it."""
         groups = [] if endless else self._groups_to_try()
-        if not groups:
+        parts = groups and self.data.split(
+            HELD_OUT, torch.Generator().manual_seed(self.seeds.curvature)
+        )
+        if not parts:
             start = self._start()
             return {}, self._begun(start, self._course(start, self.burn_in, True, endless))
-        group, tried, scores = best_symmetry(
-            self._trial,
-            groups,
-            self._rate,
-            self.data,
-            torch.Generator().manual_seed(self.seeds.curvature),
-        )
+        group, tried, scores = best_symmetry(self._trial, groups, self._rate, *parts)
         start = JointStart() if group is None else self._start(group)
-        net = self._begun(start, self._course(start, WARM_UP, True, endless))
+        first = min(WARM_UP, self.burn_in)  # the trial was the burn-in
+        net = self._begun(start, self._course(start, first, True, endless))
         net.take_over(tried)
         return scores, net
 
@@ -92,7 +90,7 @@ class Assembly:
 
     @property
     def burn_in(self) -> int:
-        """Epochs before the first evidence."""
+        """Epochs of a symmetry alone."""
         # A short training needs all of its pathways for half of its time.
         return min(self.clf.burn_in, max(self.clf.max_epochs // 2, 1))
 
@@ -107,13 +105,13 @@ class Assembly:
         return check_names(self.clf.pathways, PATHWAYS, "pathways")
 
     def _groups_to_try(self) -> list[PointGroup | None]:
-        """What a symmetric start can begin with, if there is a choice and rows to decide by.
+        """What a symmetric start can begin with, if there is a choice.
 
         None stands for all pathways, where some have no symmetry.
         """
         of_pathways = [PATHWAYS[name].group for name in self._pathways]
         groups = symmetries(of_pathways)
-        choice = self.clf.start == "symmetric" and len(groups) > 1 and len(self.data) >= HELD_OUT
+        choice = self.clf.start == "symmetric" and len(groups) > 1
         return [*groups, *([None] if None in of_pathways else [])] if choice else []
 
     def _start(
@@ -131,7 +129,9 @@ class Assembly:
 
     def _trial(self, group: PointGroup | None, number: int, trial: Trial) -> SoftEquivariantNet:
         callbacks = [*self._preconditioner(), ("trial", trial)]
-        net = self._net(callbacks, self.burn_in, self.seeds.weights + number)
+        seed = self.seeds.weights + number
+        # To compile steps takes longer than the trial.
+        net = self._net(callbacks, self.burn_in, seed=seed, compiled=False)
         self._start(group).begin(net.module_)
         if group is None:
             restart_jointly(net.module_, net.prior_, net.generator())
@@ -190,8 +190,8 @@ class Assembly:
             lengthscales=LengthscaleSolver() if learn_lengthscale else None,
         )
 
-    def _net(self, callbacks: list, max_epochs: int, seed: int | None = None) -> SoftEquivariantNet:
-        clf, seeds = self.clf, self.seeds
+    def _net(self, callbacks: list, max_epochs: int, **others: Any) -> SoftEquivariantNet:
+        clf = self.clf
         optimizer = OPTIMIZERS[clf.optimizer]
         net = SoftEquivariantNet(
             build_network,
@@ -201,17 +201,16 @@ class Assembly:
             max_epochs=max_epochs,
             batch_size=clf.batch_size,
             iterator_train=Batches,
-            iterator_train__random_state=np.random.RandomState(seeds.batches),
+            iterator_train__random_state=np.random.RandomState(self.seeds.batches),
             iterator_train__augment=_augmentation(clf.augment),
-            iterator_train__augment_state=np.random.RandomState(seeds.augmentation),
+            iterator_train__augment_state=np.random.RandomState(self.seeds.augmentation),
             train_split=None,
             callbacks=callbacks,
             verbose=0,
             device=str(clf.device_),
             prior_precision=clf.prior_precision,
-            seed=seeds.weights if seed is None else seed,
             amp=clf.amp,
-            compiled=clf.compile,
+            **{"seed": self.seeds.weights, "compiled": clf.compile, **others},
             module__image_shape=clf.image_shape_,
             module__n_outputs=len(clf.classes_),
             module__pathways=self._pathways,

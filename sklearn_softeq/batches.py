@@ -52,23 +52,23 @@ class TrainingData(torch.utils.data.Dataset):
 
     def split(
         self, every: int, generator: torch.Generator
-    ) -> tuple["TrainingData", "TrainingData"]:
-        """Hold out one row of so many, of each class as many as of the others.
+    ) -> tuple["TrainingData", "TrainingData"] | None:
+        """Hold out one row of so many, stratified by class.
 
         Equal rows stay together: a copy of a row that was trained on would judge nothing, and a
-        row that is repeated is treated like one of a larger weight.
+        row that is repeated is treated like one of a larger weight. A class of a single row is
+        kept: nothing can be predicted of a class that was not trained on.
 
         Parameters
         ----------
         every : int
-            With fewer different rows one of them is held out.
         generator : torch.Generator
             Of the order within a class; on the CPU.
 
         Returns
         -------
         kept, held : TrainingData
-            Nothing is kept if all rows are equal.
+            None instead if there are not so many different rows to choose from.
         """
         direction = torch.randn(self.inputs[0].numel(), generator=generator).to(self.inputs)
         parts = self.inputs.flatten(1).split(4096)
@@ -78,10 +78,15 @@ class TrainingData(torch.utils.data.Dataset):
         order = order[self.targets[order].argsort(stable=True)]
         keys = torch.stack([self.targets.to(along), along], 1)[order]
         changes = (keys[1:] != keys[:-1]).any(1)
-        ranks = torch.cat([changes.new_zeros(1), changes]).cumsum(0)
-        first = torch.randint(min(every, int(ranks[-1]) + 1), (), generator=generator)
+        different = torch.cat([changes.new_zeros(1), changes]).cumsum(0)  # number of each row
+        classes = self.targets[order[torch.cat([changes.new_ones(1), changes])]]
+        shared = torch.bincount(classes)[classes] > 1  # of each different row
+        if shared.sum() < every:
+            return None
+        first = torch.randint(every, (), generator=generator).item()
+        chosen = shared & ((shared.cumsum(0) - 1) % every == first)
         out = torch.zeros(len(self), dtype=torch.bool, device=order.device)
-        out[order] = ranks % every == first.item()
+        out[order] = chosen[different]
         kept, held = (self._rows(part) for part in (~out, out))
         return kept, held
 

@@ -80,13 +80,12 @@ class EvidenceStep(Callback):
         self.seed = seed
         self.lengthscales = lengthscales
         self._slopes: dict[str, float] = {}
-        self._mean = WeightMean()
-        self.state: State | None = None
         self.forget_data()
 
     def forget_data(self) -> None:
-        """Drop what hangs on the data of a fit."""
-        self.state = None
+        """Drop what depends on the data of a fit."""
+        self.state: State | None = None
+        self._mean = WeightMean()
         self._traces: torch.Tensor | None = None  # of the rows' output Hessians, for a subset
         self._constants: dict[str, Factor] = {}
         self._covered: set[str] = set()  # tensors that were in use when these were computed
@@ -156,7 +155,7 @@ class EvidenceStep(Callback):
         try:
             eigenvalues = spectra(curvature.factors, self._known)
         except ValueError as error:
-            raise ValueError(net.not_finite("The curvature became infinite or NaN")) from error
+            raise net.diverged("The curvature became infinite or NaN") from error
         # An identity means nothing once its factor is gone.
         kept = {id(factor) for factor in self._input_factors(net).values()}
         self._known = {key: values for key, values in self._known.items() if key in kept}
@@ -301,7 +300,7 @@ class Preconditioner(Callback):
         try:
             optimizer.precondition({tensor: decays[id(tensor)] for tensor in tensors.values()})
         except ValueError as error:
-            raise ValueError(net.not_finite("The curvature became infinite or NaN")) from error
+            raise net.diverged("The curvature became infinite or NaN") from error
 
     def _observe(self, net: SoftEquivariantNet, tensors: dict[str, torch.Tensor]) -> None:
         generator = torch.Generator().manual_seed(self.seed + len(net.history))
@@ -385,7 +384,8 @@ class Course(Callback):
         self.best: tuple[float, State] | None = None
 
     def on_epoch_begin(self, net, **kwargs):
-        net.set_paces(self.start.paces(net.prior_))
+        if self.rate.schedule != "constant":  # then rates are the user's
+            net.set_paces(self.start.paces(net.prior_))
         self.rate.hand_to(net.optimizer_, len(net.history))
 
     def on_epoch_end(self, net, **kwargs):
@@ -411,7 +411,9 @@ class Course(Callback):
         if self.holding:
             self.holding = False
             if self._restarted(net, epoch) or self._released(net, epoch):
-                # Another model from here on: what was reached before is no measure for it.
+                # Another model from here on: what was reached before is no measure for it, and
+                # its weights have no mean with those before.
+                self.mean = WeightMean()
                 self.rate.rewarm(epoch)
                 net.update_decay()
                 return
@@ -475,7 +477,8 @@ class Course(Callback):
     def _settled(self, net: SoftEquivariantNet, last: LaplaceEvidence) -> LaplaceEvidence:
         """Take out what is as good as off, if the evidence does not fall by what would count."""
         here, log_precision = state_of(net.module_, net.prior_), net.prior_.log_precision.cpu()
-        if not self.start.settle(net.module_, last.effective_dimensions(log_precision)):
+        dimensions = net.processes_.agreed(last.effective_dimensions(log_precision))
+        if not self.start.settle(net.module_, dimensions):
             return last
         without = self.evidence.complete(net, keep=True)
         value, before = (found.evidence(log_precision).value for found in (without, last))

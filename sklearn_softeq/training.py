@@ -23,7 +23,14 @@ from .layers import PathwaySum
 from .processes import ALONE, joined
 from .states import restore, state_of
 
-__all__ = ["AMP_DTYPES", "OPTIMIZERS", "OWN_CALLBACKS", "OptimizerKind", "SoftEquivariantNet"]
+__all__ = [
+    "AMP_DTYPES",
+    "OPTIMIZERS",
+    "OWN_CALLBACKS",
+    "DivergedError",
+    "OptimizerKind",
+    "SoftEquivariantNet",
+]
 
 
 class OptimizerKind(NamedTuple):
@@ -59,6 +66,10 @@ AMP_DTYPES = {"bf16": torch.bfloat16}
 
 #: Names of the callbacks that training consists of; all others are the user's.
 OWN_CALLBACKS = ("evidence", "preconditioner", "trial", "course")
+
+
+class DivergedError(ValueError):
+    """The loss or the curvature has left the finite numbers."""
 
 
 class _StopTraining(Exception):
@@ -129,15 +140,19 @@ class SoftEquivariantNet(NeuralNet):
         ValueError
             If its network has another form.
         """
-        shapes, known = (
-            {name: tensor.shape for name, tensor in net.module_.named_parameters()}
+        forms = [
+            (
+                type(net.module_.activation),
+                {name: tensor.shape for name, tensor in net.module_.named_parameters()},
+            )
             for net in (self, previous)
-        )
-        if shapes != known:
+        ]
+        if forms[0] != forms[1]:
             raise ValueError(
                 "A fitted model can be trained further only with the same image shape, classes, "
-                "pathways, architecture, width and anchor_fraction; at least one has changed, or "
-                "simplify() has taken pathways out. Set warm_start=False, or fit a new estimator."
+                "pathways, architecture, width, activation and anchor_fraction; at least one has "
+                "changed, or simplify() has taken pathways out. Set warm_start=False, or fit a "
+                "new estimator."
             )
         restore(self.module_, self.prior_, state_of(previous.module_, previous.prior_))
         if history:
@@ -361,14 +376,14 @@ class SoftEquivariantNet(NeuralNet):
         loss = losses @ sizes / sizes.sum() + 0.5 * scatter / self.data_.n_observations
         self.history.record("train_loss", float(loss))
         if not math.isfinite(loss):
-            raise ValueError(self.not_finite(f"The training loss became {loss}"))
+            raise self.diverged(f"The training loss became {loss}")
 
-    def not_finite(self, what: str) -> str:
+    def diverged(self, what: str) -> DivergedError:
         """What to tell the user when training has left the finite numbers."""
         values = [row.get("log_marginal_likelihood", math.nan) for row in self.history]
         finite = [value for value in values if math.isfinite(value)]
         last = f"{finite[-1]:.6g}" if finite else "none yet"
-        return (
+        return DivergedError(
             f"{what} in epoch {len(self.history)} (last finite log evidence: {last}). "
             "Lower lr, keep standardize=True, or look for values of extreme size in X."
         )

@@ -75,14 +75,14 @@ def labelled(labels):
 
 @pytest.mark.parametrize("every", [2, 5])
 def test_every_row_is_kept_or_held_out(every):
-    data, state = numbered(23), torch.get_rng_state()
+    data, state = replace(numbered(23), targets=torch.full((23,), 100)), torch.get_rng_state()
     kept, held = data.split(every, torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), state)
     rows = [part.inputs.flatten() for part in (kept, held)]
     assert sorted(torch.cat(rows).tolist()) == list(range(23))
     assert 23 // every <= len(held) <= 23 // every + 1
     for part in (kept, held):
-        assert torch.equal(part.targets, part.inputs.flatten().long() + 100)
+        assert torch.equal(part.targets, torch.full_like(part.targets, 100))
         assert torch.equal(part.weights, part.inputs.flatten() + 0.5)
         assert part.inputs.flatten().tolist() == sorted(part.inputs.flatten().tolist())
     # N is shared out by weight, also where the data stand for more than their sum.
@@ -114,10 +114,22 @@ def test_equal_rows_are_held_out_together_whatever_their_order():
     assert held(torch.arange(40).repeat_interleave(repeats)) == once
 
 
-def test_of_few_rows_one_is_held_out():
-    data = labelled([0, 0, 1])
-    kept, held = data.split(5, torch.Generator().manual_seed(0))
-    assert (len(kept), len(held)) == (2, 1)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_class_of_one_row_is_kept(seed):
+    labels = [0, *[1] * 7, 2, *[3] * 8, 4]
+    kept, held = labelled(labels).split(5, torch.Generator().manual_seed(seed))
+    assert {0, 2, 4} <= set(kept.targets.tolist())
+    assert set(held.targets.tolist()) == {1, 3}
+
+
+def test_fewer_different_rows_than_one_in_so_many_are_not_split():
+    four, generator = labelled([0, 0, 1, 1]), torch.Generator().manual_seed(0)
+    assert four.split(4, generator) is not None
+    assert four.split(5, generator) is None
+    assert labelled([0, 0, 1, 1, 2]).split(5, generator) is None
+    rows = torch.arange(4).repeat_interleave(3)
+    assert four._rows(rows).split(5, generator) is None
+    assert four._rows(torch.zeros(6, dtype=torch.long)).split(5, generator) is None
 
 
 def test_rows_held_out_follow_the_generator():

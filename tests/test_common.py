@@ -60,55 +60,45 @@ SUMS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", SUMS, ids=str)
-def test_check_estimator_pathways(options):
-    assert names(statuses(SoftEquivariantClassifier(**{**options, **SHORT}))) <= {ROUNDING}
+OTHERS = [
+    {"start": "joint"},
+    {"learn_prior": False},
+    {"optimizer": "kfac"},
+    {"architecture": "resnet", "width": 4},
+    {
+        "pathways": ("conv", "sparse_conv", "sparse_fc"),
+        "anchor_fraction": 1.0,
+        "learn_lengthscale": True,
+        "width": 4,
+    },
+]
+# On rows of two features a strict convolution network is a symmetric function of the two, and the
+# blobs of check_classifiers_train cannot be told apart by one.
+SYMMETRIC = [
+    {"pathways": "conv"},
+    {"pathways": "sparse_conv"},
+    {"pathways": "pm_conv", "width": 2},
+    {"pathways": "p4_conv", "width": 2},
+    {"pathways": "p4m_conv", "width": 2},
+    {"pathways": "sparse_fc"},  # one anchor for two pixels
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [*SUMS, {"optimizer": "kfac"}], ids=str)
-def test_weights_are_repetitions(options):
-    classifier = SoftEquivariantClassifier(**{**options, **SLOW})
-    check_sample_weight_equivalence_on_dense_data("SoftEquivariantClassifier", classifier)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"start": "joint"},
-        {"learn_prior": False},
-        {"optimizer": "kfac"},
-        {"architecture": "resnet", "width": 4},
-        {
-            "pathways": ("conv", "sparse_conv", "sparse_fc"),
-            "anchor_fraction": 1.0,
-            "learn_lengthscale": True,
-            "width": 4,
-        },
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [*SUMS, *OTHERS], ids=str)
 def test_check_estimator_options(options):
     assert names(statuses(SoftEquivariantClassifier(**{**options, **SHORT}))) <= {ROUNDING}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"pathways": "conv"},
-        {"pathways": "sparse_conv"},
-        {"pathways": "pm_conv", "width": 2},
-        {"pathways": "p4_conv", "width": 2},
-        {"pathways": "p4m_conv", "width": 2},
-        {"pathways": "sparse_fc"},  # one anchor for two pixels
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", SYMMETRIC, ids=str)
 def test_check_estimator_symmetric_in_two_features(options):
-    # On rows of two features a strict convolution network is a symmetric function of the two, and
-    # the blobs of check_classifiers_train cannot be told apart by one.
     failed = names(statuses(SoftEquivariantClassifier(**{**options, **SHORT})))
     assert failed <= {"check_classifiers_train", ROUNDING}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [*SUMS, *OTHERS, *SYMMETRIC], ids=str)
+def test_weights_are_repetitions(options):
+    classifier = SoftEquivariantClassifier(**{**options, **SLOW})
+    check_sample_weight_equivalence_on_dense_data("SoftEquivariantClassifier", classifier)

@@ -1,6 +1,7 @@
 """Which symmetry a network begins with, judged by rows that are held out."""
 
 import itertools
+import math
 from functools import partial
 
 import numpy as np
@@ -51,6 +52,10 @@ def test_rates_are_those_of_the_schedule():
     assert record.rates == pytest.approx([0.004, 0.008, 0.012, 0.016, *[0.02] * 4])
 
 
+def parts():
+    return data_of(n=20).split(HELD_OUT, torch.Generator().manual_seed(1))
+
+
 def given_scores(monkeypatch, scores):
     given = iter(scores)
     monkeypatch.setattr(
@@ -77,9 +82,9 @@ def test_the_best_symmetry_goes_on(scores, best, number, monkeypatch):
         )
         return built[group, number]
 
-    data, state = data_of(n=20), torch.get_rng_state()
-    generator = torch.Generator().manual_seed(1)
-    group, net, found = best_symmetry(build, (P4, PM, P1), rate, data, generator)
+    kept, held = parts()
+    state = torch.get_rng_state()
+    group, net, found = best_symmetry(build, (P4, PM, P1), rate, kept, held)
     assert torch.equal(torch.get_rng_state(), state)
     assert (group, net) == (best, built[best, number])
     assert list(built) == list(itertools.product((P4, PM, P1), range(N_TRIALS)))
@@ -87,7 +92,7 @@ def test_the_best_symmetry_goes_on(scores, best, number, monkeypatch):
     assert list(found.values()) == [max(scores[i : i + 3]) for i in (0, 3, 6)]
     seen = [torch.cat(record.inputs[:1]) for record in records.values()]
     assert all(torch.equal(a, b) for a, b in itertools.pairwise(seen))  # the same rows for all
-    assert len(seen[0]) == 20 - 20 // HELD_OUT
+    assert len(seen[0]) == len(kept)
     for (group, _), record in records.items():
         on = record.enabled[-1][0]
         assert [name for name in on if on[name]] == {
@@ -104,21 +109,38 @@ def test_all_together_need_a_margin(lead, best, monkeypatch):
     def build(group, number, trial):
         return trial_net(trial, group=group, pathways=PATHWAYS)
 
-    generator = torch.Generator().manual_seed(1)
-    group, net, found = best_symmetry(build, (P1, None), rate, data_of(n=20), generator)
+    group, net, found = best_symmetry(build, (P1, None), rate, *parts())
     assert group is best
     assert len(net.history) == EPOCHS
     assert found == {"p1": -4.0, "joint": -4.0 + lead * JOINT_MARGIN}
 
 
+def test_a_trial_that_diverges_is_the_worst():
+    trials = []
+
+    def build(group, number, trial):
+        trials.append(trial)
+        net = trial_net(trial, group=group, pathways=PATHWAYS)
+        if group == P4:
+            for parameter in net.module_.parameters():
+                parameter.data.mul_(math.inf)
+        return net
+
+    group, _, found = best_symmetry(build, (P4, P1), rate, *parts())
+    assert group == P1
+    assert found["p4"] == -math.inf
+    assert math.isfinite(found["p1"])
+    assert len(trials) == 2 * N_TRIALS
+
+
 def test_held_out_rows_are_not_trained_on():
-    data, nets = data_of(n=20), []
+    (kept, held), nets = parts(), []
 
     def build(group, number, trial):
         nets.append((trial, record := Record()))
         return trial_net(trial, record=record)
 
-    best_symmetry(build, (P1,), rate, data, torch.Generator().manual_seed(1))
+    best_symmetry(build, (P1,), rate, kept, held)
     assert len(nets) == N_TRIALS
     for trial, record in nets:
         assert len(trial.held) == 4
