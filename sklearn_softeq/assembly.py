@@ -72,8 +72,8 @@ class Assembly:
             return {}, self._begun(start, self._course(start, self.burn_in, True, endless))
         group, tried, scores = best_symmetry(self._trial, groups, self._rate, *parts)
         start = JointStart() if group is None else self._start(group)
-        first = min(WARM_UP, self.burn_in)  # the trial was the burn-in
-        net = self._begun(start, self._course(start, first, True, endless))
+        # The trial was the burn-in.
+        net = self._begun(start, self._course(start, min(WARM_UP, self._half), True, endless))
         net.take_over(tried)
         return scores, net
 
@@ -91,8 +91,12 @@ class Assembly:
     @property
     def burn_in(self) -> int:
         """Epochs of a symmetry alone."""
-        # A short training needs all of its pathways for half of its time.
-        return min(self.clf.burn_in, max(self.clf.max_epochs // 2, 1))
+        return min(self.clf.burn_in, self._half)
+
+    @property
+    def _half(self) -> int:
+        """What a short training can spare before it needs all of its pathways."""
+        return max(self.clf.max_epochs // 2, 1)
 
     @property
     def initial_rate(self) -> float:

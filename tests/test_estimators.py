@@ -31,7 +31,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
-from skorch.callbacks import Callback
+from skorch.callbacks import Callback, LRScheduler
 
 from sklearn_softeq import SoftEquivariantClassifier, course, networks, trials
 from sklearn_softeq.curvature import kronecker_factors
@@ -851,6 +851,24 @@ def test_no_trials_without_a_choice(digits, changed, n_rows):
     assert clf.net_.course.start.group is None
 
 
+def test_trials_see_a_weight_as_repetitions_and_equal_rows_as_one(digits):
+    images, labels = digits[0][:4], [0, 1, 0, 1]
+    clf = SoftEquivariantClassifier(**SEVERAL)
+    assert clf.fit(images, labels, sample_weight=[2] * 4).symmetry_trials_ == {}
+    assert clf.fit(np.repeat(images, 2, 0), np.repeat(labels, 2)).symmetry_trials_ == {}
+    clf.fit(np.repeat(images[:1], 8, 0), [0, 1] * 4)
+    assert clf.symmetry_trials_ == {}
+
+
+@pytest.mark.parametrize("max_epochs", [1, 2, 3, 4, 5, 6, 7, 9])
+def test_few_epochs_release_and_forget_no_mean(digits, max_epochs):
+    options = {"pathways": ("p4_conv", "conv", "factored_fc"), "max_epochs": max_epochs}
+    clf = SoftEquivariantClassifier(**SEVERAL | options).fit(*digits)
+    assert not clf.net_.course.holding
+    # Random weights of pathways that were held back would be far beyond a guess.
+    assert log_loss(digits[1], clf.predict_proba(digits[0])) < 3
+
+
 def test_no_trials_chunk_by_chunk(digits):
     images, labels = digits
     clf = SoftEquivariantClassifier(**SEVERAL)
@@ -862,11 +880,13 @@ def test_no_trials_chunk_by_chunk(digits):
 
 def test_failed_trials_leave_nothing_fitted(digits):
     images, labels = digits
-    clf = SoftEquivariantClassifier(**SEVERAL, lr=1e30)
-    with pytest.raises(ValueError, match="Lower lr"):
-        clf.fit(images, labels)
-    with pytest.raises(NotFittedError):
-        clf.predict(images)
+    clf = SoftEquivariantClassifier(**SEVERAL)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Lower lr"):
+            clf.set_params(lr=1e30).fit(images, labels)
+        with pytest.raises(NotFittedError):
+            clf.predict(images)
+        clf.set_params(lr=0.01).fit(images, labels)  # that of before is gone, too
 
 
 def test_activations(digits):
@@ -888,9 +908,11 @@ def test_warm_start(digits):
     first_loss = clf.loss_curve_
     clf.fit(images, labels)
     assert clf.loss_curve_[0] < 0.5 * first_loss[0]
-    clf.set_params(width=3)
-    with pytest.raises(ValueError, match="warm_start=False"):
-        clf.fit(images, labels)
+    for name, value in (("width", 3), ("activation", "relu")):
+        before = clf.get_params()[name]
+        with pytest.raises(ValueError, match="warm_start=False"):
+            clf.set_params(**{name: value}).fit(images, labels)
+        clf.set_params(**{name: before})
 
 
 def test_callbacks_are_copied_and_may_stop(digits):
@@ -917,6 +939,24 @@ def test_a_callback_may_stop_within_an_epoch(digits):
     clf = SoftEquivariantClassifier(**FAST, callbacks=[Stopper()]).fit(*digits)
     assert clf.n_iter_ == 2
     assert clf.loss_curve_.shape == (2,)
+
+
+def test_a_scheduler_of_the_user_has_the_rate(digits):
+    seen = []
+
+    class Rates(Callback):
+        def on_batch_begin(self, net, **kwargs):
+            seen.append([group["lr"] for group in net.optimizer_.param_groups])
+
+    halves = LRScheduler(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda epoch: 0.5**epoch)
+    options = {"lr_schedule": "constant", "max_epochs": 16, "burn_in": 4, "evidence_every": 2}
+    options["batch_size"] = len(digits[0])
+    SoftEquivariantClassifier(**FAST | options, callbacks=[halves, Rates()]).fit(*digits)
+    assert seen == [[0.02 * 0.5**epoch] for epoch in range(16)]
+
+
+def test_a_fit_keeps_no_second_copy_of_its_weights(fitted):
+    assert dict(fitted.net_.callbacks_)["evidence"]._mean.weights == {}
 
 
 # at home in scikit-learn
