@@ -17,6 +17,7 @@ from .layers import PATHWAYS
 from .likelihoods import Categorical
 from .marginal_likelihood import HYPER_SOLVERS, LengthscaleSolver
 from .networks import build_network
+from .processes import joined
 from .schedules import (
     STARTS,
     WARM_UP,
@@ -71,6 +72,9 @@ class Assembly:
             start = self._start()
             return {}, self._begun(start, self._course(start, self.burn_in, True, endless))
         group, tried, scores = best_symmetry(self._trial, groups, self._rate, *parts)
+        if self.clf.verbose and joined(self.data.inputs.device).rank == 0:
+            found = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+            print(f"trials, log likelihood of held-out rows: {found} nats per observation")
         start = JointStart() if group is None else self._start(group)
         # The trial was the burn-in.
         net = self._begun(start, self._course(start, min(WARM_UP, self._half), True, endless))

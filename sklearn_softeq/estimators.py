@@ -79,8 +79,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         of a single row). The paper has 10. With the convolution of a group of G elements each
         channel has G orientations, which makes "conv" G² times as large: take less.
     activation : {"silu", "relu"}, default="silu"
-        Between layers: √2 x / (1 + exp(−x)), or max(x, 0). With a ReLU (the paper) narrow layers
-        sometimes died at the start, training took longer and came to a worse end.
+        Between layers: √2 x / (1 + exp(−x)), or max(x, 0), the paper's. With ReLUs narrow layers
+        sometimes died at the start; on 1000 images and more they took longer and came to a worse
+        end, on 120 to a better one (docs/design/sums.md).
     anchor_fraction : float or "auto", default="auto"
         Anchors of the sparse pathways for each pixel, or tap of a filter, in (0, 1]. "auto": 0.5,
         and 7/9 for "sparse_conv" alone, as in the paper.
@@ -111,8 +112,10 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     prior_precision : float, default=1.0
         Start of every precision, in units of 1 / weight².
     burn_in : int, default=20
-        Epochs before the first evidence, at most half of ``max_epochs``. The paper has 10. Those
-        of trials are not counted in ``n_iter_``.
+        Epochs of one symmetry alone, before the first evidence; at most half of ``max_epochs``.
+        The paper has 10. Of several symmetries each has three trials of so many epochs, and all
+        pathways have one if some have no symmetry; then the first evidence comes after five
+        epochs. Those of trials are not counted in ``n_iter_`` or ``max_epochs``.
     evidence_every : int, default=5
         Epochs from one evidence to the next, as in the paper.
     hyper_solver : {"fixed_point", "adam"}, default="fixed_point"
@@ -158,11 +161,11 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     lr : float, default=None
         Learning rate of the weights. None: 0.01 for "adam" and "sgd", 0.1 for "kfac". Where the
         evidence presses down a pathway that the symmetric start began without, Adam's rate falls
-        there with the prior's standard deviation.
+        there with the prior's standard deviation, unless ``lr_schedule="constant"``.
     lr_schedule : {"cooldown", "cosine", "constant"}, default="cooldown"
         "cooldown": warm-up, full rate until convergence, then a cosine to zero over a third of
         the epochs so far, whose weights are averaged. "cosine": to zero over ``max_epochs`` (the
-        paper). "constant".
+        paper). "constant": left to a scheduler among the callbacks, if there is one.
     optimizer : {"adam", "kfac", "sgd"}, default="adam"
         Of the weights. "kfac" preconditions the gradient with Kronecker factors of the curvature,
         from 256 rows every other epoch: on small images it needed fewer epochs than Adam, each a

@@ -230,7 +230,7 @@ class SymmetricStart:
     """Symmetry first: the pathways of one symmetry until the end of the burn-in, then the rest.
 
     At the release the others are exactly zero, so the network goes on as the symmetric one; their
-    precisions then let them grow or hold them down. One whose effective dimensions stay below one
+    precisions then let them grow or hold them down. One whose effective dimensions stay below 0.9
     at three evaluations of the evidence is removed for good: its weights become zero and its
     computation is skipped. In the end all that are below go, unless the evidence falls.
 

@@ -773,7 +773,7 @@ SEVERAL = {
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "kfac"])
-def test_training_goes_on_from_the_best_symmetry(digits, optimizer):
+def test_training_goes_on_from_the_best_symmetry(digits, optimizer, capsys):
     images, labels = digits
     clf = SoftEquivariantClassifier(**SEVERAL, optimizer=optimizer).fit(images, labels)
     scores = clf.symmetry_trials_
@@ -782,8 +782,10 @@ def test_training_goes_on_from_the_best_symmetry(digits, optimizer):
     assert clf.net_.course.start.group.name == max(scores, key=scores.get)
     assert clf.n_iter_ == 12 == len(clf.loss_curve_)  # without those of the trials
     np.testing.assert_array_equal(clf.history_["epoch"], [WARM_UP, 10])
-    again = SoftEquivariantClassifier(**SEVERAL, optimizer=optimizer).fit(images, labels)
-    assert again.symmetry_trials_ == scores
+    again = SoftEquivariantClassifier(**SEVERAL, optimizer=optimizer, verbose=1)
+    assert again.fit(images, labels).symmetry_trials_ == scores
+    found = f"p4 {scores['p4']:.3f}, p1 {scores['p1']:.3f} nats per observation"
+    assert f"trials, log likelihood of held-out rows: {found}\n" in capsys.readouterr().out
     np.testing.assert_array_equal(again.predict_proba(images), clf.predict_proba(images))
 
 
