@@ -57,8 +57,8 @@ for name, data in tasks.items():
 # ---------------------
 # How far are the logits from those of the turned image, in units of the logits? And how much of
 # what the fit learned is in pathways that do not keep quarter turns? Both are small if the symmetry
-# is there, and the first is about √2 for a network that has nothing of it. The line between is drawn
-# at a half here.
+# is there, and the first is about √2 for a network that has nothing of it. The line between is
+# drawn at a half here.
 
 for name, clf in fitted.items():
     error = clf.equivariance_error(tasks[name].X_test, group="p4")
