@@ -1,7 +1,6 @@
 """Nets put together from the parameters of an estimator."""
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -84,8 +83,7 @@ class Assembly:
     def further(self, previous: SoftEquivariantNet, endless: bool) -> SoftEquivariantNet:
         """A net that goes on from another one."""
         before = previous.course.start
-        joint = isinstance(before, JointStart)
-        start = JointStart() if joint else self._start(before.group, before.released)
+        start = before.again() if self.clf.start == "symmetric" else JointStart()
         holding = previous.course.holding
         net = self._begun(start, self._course(start, self.burn_in, holding, endless))
         net.take_over(previous, history=endless)
@@ -122,12 +120,8 @@ class Assembly:
         choice = self.clf.start == "symmetric" and len(groups) > 1
         return [*groups, *([None] if None in of_pathways else [])] if choice else []
 
-    def _start(
-        self, group: PointGroup | None = None, released: Mapping[str, float] | None = None
-    ) -> Start:
-        if self.clf.start != "symmetric":
-            return JointStart()
-        return SymmetricStart(group=group, released=dict(released or {}))
+    def _start(self, group: PointGroup | None = None) -> Start:
+        return SymmetricStart(group) if self.clf.start == "symmetric" else JointStart()
 
     def _rate(self, endless: bool = False) -> LearningRate:
         # Without an end "cooldown" is a warm-up and then the full rate.

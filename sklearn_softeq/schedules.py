@@ -7,8 +7,7 @@ pathways of a network.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -189,8 +188,10 @@ class JointStart:
     """
 
     scale: ClassVar[str] = "sqrt"
-    group: ClassVar[None] = None
-    released: ClassVar[Mapping[str, float]] = MappingProxyType({})
+
+    def again(self) -> "JointStart":
+        """That of a further fit."""
+        return JointStart()
 
     def begin(self, network: SoftEquivariantNetwork) -> None:
         """Nothing is held back."""
@@ -261,6 +262,10 @@ class SymmetricStart:
     released: dict[str, float] = field(default_factory=dict)
     low: dict[str, int] = field(default_factory=dict)
     scale: ClassVar[str] = "symmetric"
+
+    def again(self) -> "SymmetricStart":
+        """That of a further fit: what was released stays so, and nothing counts as low yet."""
+        return replace(self, released=dict(self.released), low={})
 
     def begin(self, network: SoftEquivariantNetwork) -> None:
         """Switch off all but the pathways of the group, in a network as it was built."""
