@@ -131,9 +131,8 @@ class Assembly:
 
     def _trial(self, group: PointGroup | None, number: int, trial: Trial) -> SoftEquivariantNet:
         callbacks = [*self._preconditioner(), ("trial", trial)]
-        seed = self.seeds.weights + number
         # To compile steps takes longer than the trial.
-        net = self._net(callbacks, self.burn_in, seed=seed, compiled=False)
+        net = self._net(callbacks, self.burn_in, number, compiled=False)
         self._start(group).begin(net.module_)
         if group is None:
             restart_jointly(net.module_, net.prior_, net.generator())
@@ -192,7 +191,10 @@ class Assembly:
             lengthscales=LengthscaleSolver() if learn_lengthscale else None,
         )
 
-    def _net(self, callbacks: list, max_epochs: int, **others: Any) -> SoftEquivariantNet:
+    def _net(
+        self, callbacks: list, max_epochs: int, number: int = 0, compiled: bool = True
+    ) -> SoftEquivariantNet:
+        """A net at the random start of this number, with compiled steps if they are asked for."""
         clf = self.clf
         optimizer = OPTIMIZERS[clf.optimizer]
         net = SoftEquivariantNet(
@@ -211,8 +213,9 @@ class Assembly:
             verbose=0,
             device=str(clf.device_),
             prior_precision=clf.prior_precision,
+            seed=self.seeds.weights + number,
             amp=clf.amp,
-            **{"seed": self.seeds.weights, "compiled": clf.compile, **others},
+            compiled=clf.compile and compiled,
             module__image_shape=clf.image_shape_,
             module__n_outputs=len(clf.classes_),
             module__pathways=self._pathways,

@@ -411,9 +411,7 @@ class Course(Callback):
         if self.holding:
             self.holding = False
             if self._restarted(net, epoch) or self._released(net, epoch):
-                # Another model from here on: what was reached before is no measure for it, and
-                # its weights have no mean with those before.
-                self.mean = WeightMean()
+                # Another model from here on: what was reached before is no measure for it.
                 self.rate.rewarm(epoch)
                 net.update_decay()
                 return
