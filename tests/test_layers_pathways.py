@@ -270,6 +270,28 @@ def test_sum_of_a_group_network_is_that_of_its_slow_pathways(lifted):
     torch.testing.assert_close(layer(inputs), sum(found.values()))
 
 
+@pytest.mark.parametrize("axes", [(P1, P4M), (P4M, P4M)], ids=["lifted", "oriented"])
+def test_convolutions_of_a_sum_are_one_unless_they_are_hooked(axes, monkeypatch):
+    kinds = ("p4_conv", "conv", "sparse_fc", "p4m_conv", "sparse_conv")
+    layer, inputs = layer_of(kinds, axes, (4, 4), (2, 2))
+    calls, conv2d = [], torch.nn.functional.conv2d
+    monkeypatch.setattr(
+        torch.nn.functional, "conv2d", lambda *args: calls.append(1) or conv2d(*args)
+    )
+    loss = layer(inputs).square().sum()
+    assert len(calls) == 1
+    expected = sum(layer.outputs(inputs).values()).square().sum()
+    assert len(calls) == 5
+    parameters = list(layer.parameters())
+    found, wanted = (torch.autograd.grad(of, parameters) for of in (loss, expected))
+    torch.testing.assert_close(found, wanted)
+    seen = []
+    with layer.get_submodule("conv").register_forward_hook(lambda *args: seen.append("conv")):
+        torch.testing.assert_close(layer(inputs).square().sum(), expected)
+    assert seen == ["conv"]
+    assert len(calls) == 7
+
+
 @pytest.mark.parametrize(
     ("kinds", "expected"),
     [

@@ -1,6 +1,7 @@
 """Convolutions with circular padding."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from ..groups import P1
 from .contract import Grid, Pathway, SharedLinear, strided
 from .torus import circular_pad
 
-__all__ = ["Conv", "circular_gram"]
+__all__ = ["Conv", "circular_gram", "sum_of_convolutions"]
 
 
 class Conv(SharedLinear, Pathway):
@@ -61,8 +62,12 @@ class Conv(SharedLinear, Pathway):
         """The filters, (D, C, k, k)."""
         return self.weight.view(-1, self.in_channels, *self.kernel)
 
+    def biases(self) -> torch.Tensor:
+        """What is added to each output channel, (D,)."""
+        return self.bias
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return nn.functional.conv2d(self.pad(inputs), self.filters(), self.bias, self.stride)
+        return sum_of_convolutions([self], inputs)
 
     def pad(self, inputs: torch.Tensor) -> torch.Tensor:
         """Feature maps with the rows and columns of the torus beside them that filters read."""
@@ -106,6 +111,14 @@ class Conv(SharedLinear, Pathway):
     def fields(self, grads: torch.Tensor) -> torch.Tensor:
         """The rows of the weight at all their positions, (n, D, S)."""
         return grads.flatten(2)
+
+
+def sum_of_convolutions(convs: Sequence[Conv], inputs: torch.Tensor) -> torch.Tensor:
+    """The sum of convolutions of one layer, as the one whose filters are the sums of theirs."""
+    first, *others = convs
+    filters = sum((conv.filters() for conv in others), start=first.filters())
+    biases = sum((conv.biases() for conv in others), start=first.biases())
+    return nn.functional.conv2d(first.pad(inputs), filters, biases, first.stride)
 
 
 def _gram(rows: torch.Tensor) -> torch.Tensor:

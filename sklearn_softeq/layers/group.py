@@ -10,7 +10,6 @@ import math
 from itertools import product
 
 import torch
-from torch import nn
 
 from ..groups import PointGroup
 from .contract import Grid, LayerSpec
@@ -92,9 +91,8 @@ class GroupConv(Conv):
             moved = moved.index_select(0, self._places)
         return moved.view(-1, self.in_channels, *self.kernel)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        bias = self.bias.index_select(0, self._places // self.group.order)  # (D·G,)
-        return nn.functional.conv2d(self.pad(inputs), self.filters(), bias, self.stride)
+    def biases(self) -> torch.Tensor:
+        return self.bias.index_select(0, self._places // self.group.order)  # (D·G,)
 
     def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:
         patches = self.patches(inputs).transpose(1, 2)  # (n, Y, C·G·k²)

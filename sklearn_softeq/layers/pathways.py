@@ -14,7 +14,7 @@ from torch import nn
 
 from ..groups import P1, POINT_GROUPS, PointGroup
 from .contract import Grid, LayerSpec, Pathway, rounding
-from .conv import Conv
+from .conv import Conv, sum_of_convolutions
 from .factored import FactoredFC
 from .fc import FC
 from .group import GroupConv
@@ -150,22 +150,38 @@ class PathwaySum(nn.Module):
 
     def outputs(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """The scaled output of each pathway that is switched on."""
-        return {name: output * self.scale for name, output in self._unscaled(inputs).items()}
-
-    def _unscaled(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        paths = {name: path for name, path in self.pathways.items() if self.enabled[name]}
-        rolled = inputs
-        if self.stride != (1, 1) and any(p.group is not None for p in paths.values()):
-            rolled = keep_largest_grid(inputs, self.stride)
+        rolled = self._rolled(inputs)
         return {
-            name: path(inputs if path.group is None else rolled) for name, path in paths.items()
+            name: path(inputs if path.group is None else rolled) * self.scale
+            for name, path in self._on.items()
         }
+
+    @property
+    def _on(self) -> dict[str, Pathway]:
+        return {name: path for name, path in self.pathways.items() if self.enabled[name]}
+
+    def _rolled(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the equivariant pathways see."""
+        if self.stride == (1, 1) or all(path.group is None for path in self._on.values()):
+            return inputs
+        return keep_largest_grid(inputs, self.stride)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         assert any(self.enabled.values()), "a layer needs a pathway"
-        first, *others = self._unscaled(inputs).values()
+        rolled, paths = self._rolled(inputs), list(self._on.values())
+        # A convolution that is hooked is called by itself.
+        convs = [path for path in paths if isinstance(path, Conv) and not _hooked(path)]
+        found = [sum_of_convolutions(convs, rolled)] if convs else []
+        for path in paths:
+            if path not in convs:
+                found.append(path(inputs if path.group is None else rolled))
+        first, *others = found
         total = sum(others, start=first)
         return total if self.scale == 1.0 else total * self.scale  # spares a pass over the features
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def keep_largest_grid(inputs: torch.Tensor, stride: Grid) -> torch.Tensor:

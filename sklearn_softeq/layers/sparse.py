@@ -72,7 +72,7 @@ class SparseV(FactorV):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         n_anchors, n_pixels = self.interpolation.matrix.shape
         n_in, n, _ = hidden.shape
-        channels = hidden.permute(2, 1, 0)  # (D, n, C)
+        channels = hidden.permute(2, 1, 0).contiguous()  # (D, n, C)
         if n * n_anchors * (n_in + n_pixels) <= n_in * n_pixels * (n_anchors + n):
             return torch.bmm(channels, self.weight.transpose(1, 2)) @ self.interpolation.matrix
         return torch.bmm(channels, self.weight.transpose(1, 2) @ self.interpolation.matrix)
