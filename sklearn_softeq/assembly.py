@@ -1,6 +1,7 @@
 """Nets put together from the parameters of an estimator."""
 
 import copy
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -85,7 +86,10 @@ class Assembly:
         before = previous.course.start
         start = before.again() if self.clf.start == "symmetric" else JointStart()
         holding = previous.course.holding
-        net = self._begun(start, self._course(start, self.burn_in, holding, endless))
+        course = self._course(start, self.burn_in, holding, endless)
+        # Precisions that have been learned need no warm-up.
+        course.evidence.warm_from = previous.course.evidence.warm_from if endless else -math.inf
+        net = self._begun(start, course)
         net.take_over(previous, history=endless)
         net.course.rate.rewarm(len(net.history))
         return net
@@ -189,6 +193,7 @@ class Assembly:
             ),
             seed=self.seeds.curvature,
             lengthscales=LengthscaleSolver() if learn_lengthscale else None,
+            warm_up=clf.hyper_warmup * clf.max_epochs,
         )
 
     def _net(

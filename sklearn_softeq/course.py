@@ -55,11 +55,17 @@ class EvidenceStep(Callback):
         change the order of the batches.
     lengthscales : LengthscaleSolver, optional
         How the lengthscales of interpolations ascend; default: they stay.
+    warm_up : float, default=0.0
+        Epochs over which the log determinants come to count fully in the hyper steps. At full
+        weight from the beginning they push networks that have learnt little yet towards those that
+        need few weights, out of which they do not come back (docs/design/sums.md).
 
     Attributes
     ----------
     state : State or None
         That of the last evaluation, with the mean weights and the precisions that came of it.
+    warm_from : float
+        Epoch with which the warm-up begins; −inf if there is none any more.
     """
 
     def __init__(
@@ -71,11 +77,14 @@ class EvidenceStep(Callback):
         plan: Callable[[torch.nn.Module, int], CurvaturePlan],
         seed: int,
         lengthscales: LengthscaleSolver | None = None,
+        warm_up: float = 0.0,
     ):
         self.solver = solver
         self.steps = steps
         self.burn_in = burn_in
         self.every = every
+        self.warm_up = warm_up
+        self.warm_from: float = burn_in - every
         self.plan = plan
         self.seed = seed
         self.lengthscales = lengthscales
@@ -100,6 +109,11 @@ class EvidenceStep(Callback):
     def due(self, epoch: int) -> bool:
         """Whether the evidence is evaluated after this epoch."""
         return epoch >= self.burn_in and (epoch - self.burn_in) % self.every == 0
+
+    def share(self, epoch: int) -> float:
+        """How far the log determinants count in the hyper steps after this epoch, 0 to 1."""
+        beyond = epoch - self.warm_from
+        return min(1.0, beyond / self.warm_up) if self.warm_up > 0 else 1.0
 
     def forget(self) -> None:
         """Drop the slopes: the weights that they belong to are gone."""
@@ -165,6 +179,7 @@ class EvidenceStep(Callback):
             squared_norms(net.enabled_tensors()),
             net.prior_.index,
             net.course.start.charges(net.module_),
+            self.share(len(net.history)),
             curvature.slopes,
             curvature.factors if keep else {},
         )
@@ -413,16 +428,22 @@ class Course(Callback):
             if self._restarted(net, epoch) or self._released(net, epoch):
                 # Another model from here on: what was reached before is no measure for it.
                 self.rate.rewarm(epoch)
+                self.evidence.warm_from = epoch
                 net.update_decay()
                 return
-        figure = self._figure(net)
-        if self.keep_best and not self.endless and (self.best is None or figure > self.best[0]):
-            self.best = (figure, self.evidence.state or state_of(net.module_, net.prior_))
-        self.converged = self.plateau.reached(figure) or self.converged
+        if not self.evidence.steps or self.evidence.share(epoch) == 1.0:
+            self._conclude(net)
         if self.evidence.steps and not self.rate.cooling:
             # Only now: the figure is that of the network as it was. And not while the rate falls,
             # when the others could no longer take over what a pathway still did.
             self.start.prune(net.module_, net.effective_dimensions_)
+
+    def _conclude(self, net: SoftEquivariantNet) -> None:
+        """Note the figure, and the state if it is the best one."""
+        figure = self._figure(net)
+        if self.keep_best and not self.endless and (self.best is None or figure > self.best[0]):
+            self.best = (figure, self.evidence.state or state_of(net.module_, net.prior_))
+        self.converged = self.plateau.reached(figure) or self.converged
 
     def _released(self, net: SoftEquivariantNet, epoch: int) -> bool:
         learn = self.evidence.steps > 0
@@ -449,6 +470,8 @@ class Course(Callback):
         """Take the mean weights of the cool-down, or the best state seen, and evaluate it."""
         self.mean.load(net.enabled_tensors())
         evidence = self.evidence
+        if not self.endless:
+            evidence.warm_from = -math.inf  # what was too short for the warm-up ends without
         last = evidence.evaluate(net, keep=not self.endless)
         if self.endless:  # the precisions wait for the next one
             net.laplace_, net.linear_term_ = last, math.nan

@@ -126,6 +126,12 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     hyper_lr : float, default=None
         Rate of these steps on log precisions; None: 0.5 for the fixed point (1 is undamped), 0.1
         for Adam.
+    hyper_warmup : float, default=0.25
+        Share of ``max_epochs`` over which the log determinants, which pull towards strong priors,
+        come to count fully in these steps; only then is the evidence asked whether it still
+        rises. At full weight from the first one on (0, the paper) they push networks that have
+        learnt little yet into priors out of which they do not come back, most of all where there
+        are few images. Precisions that ``warm_start`` takes over are learned without.
     curvature : {"auto", "exact", "rademacher", "monte_carlo"}, default="auto"
         How the Hessian of the outputs enters the curvature: exactly, by all of its K − 1 columns;
         by random combinations of them with signs ±1; or by labels drawn from the model, which is
@@ -308,6 +314,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         "hyper_solver": [StrOptions(set(HYPER_SOLVERS))],
         "hyper_steps": [Interval(Integral, 1, None, closed="left")],
         "hyper_lr": [Interval(Real, 0, None, closed="neither"), None],
+        "hyper_warmup": [Interval(Real, 0, 1, closed="both")],
         "curvature": [StrOptions({"auto", *COLUMNS})],
         "curvature_samples": [Interval(Integral, 1, None, closed="left")],
         "curvature_subset": [Interval(Integral, 1, None, closed="left"), None],
@@ -351,6 +358,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         hyper_solver="fixed_point",
         hyper_steps=5,
         hyper_lr=None,
+        hyper_warmup=0.25,
         curvature="auto",
         curvature_samples=1,
         curvature_subset=None,
@@ -390,6 +398,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.hyper_solver = hyper_solver
         self.hyper_steps = hyper_steps
         self.hyper_lr = hyper_lr
+        self.hyper_warmup = hyper_warmup
         self.curvature = curvature
         self.curvature_samples = curvature_samples
         self.curvature_subset = curvature_subset

@@ -65,6 +65,8 @@ class LaplaceEvidence:
     charges : dict of str to float, optional
         How many times the log determinant of a tensor counts in the ascent; 1 where it has no
         entry. The evidence itself always counts it once.
+    share : float, default=1.0
+        What all charges are multiplied by, while their weight is still growing.
     slopes : dict of str to float, optional
         ∂ log p(D | w*) / ∂ log ω by the name of each map with a lengthscale.
     factors : dict of str to Kronecker, optional
@@ -76,6 +78,7 @@ class LaplaceEvidence:
     squared_norms: dict[str, float]
     index: dict[str, int]
     charges: Mapping[str, float] = field(default_factory=dict)
+    share: float = 1.0
     slopes: Mapping[str, float] = field(default_factory=dict)
     factors: Mapping[str, Kronecker] = field(default_factory=dict)
 
@@ -148,7 +151,7 @@ class LaplaceEvidence:
 
     @cached_property
     def _charges(self) -> torch.Tensor:
-        charges = [self.charges.get(name, 1.0) for name in self.spectra]
+        charges = [self.share * self.charges.get(name, 1.0) for name in self.spectra]
         return torch.tensor(charges, dtype=torch.float64)
 
     def _of_each(

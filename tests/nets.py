@@ -59,6 +59,7 @@ def net_of(
     subset=None,
     evidence_seed=0,
     lengthscales=None,
+    warm_up=0.0,
     schedule="constant",
     lr=0.01,
     optimizer="adam",
@@ -78,7 +79,9 @@ def net_of(
     if evidence is None:
         solver = solver or FixedPointSolver()
         how = partial(plan, n_sketches, subset)
-        evidence = EvidenceStep(solver, steps, burn_in, every, how, evidence_seed, lengthscales)
+        evidence = EvidenceStep(
+            solver, steps, burn_in, every, how, evidence_seed, lengthscales, warm_up
+        )
     start = STARTS[start]() if isinstance(start, str) else start
     rate = LearningRate(schedule, lr, max_epochs)
     course = Course(evidence, start, rate, Plateau(0.0, patience), keep_best, holding, endless)

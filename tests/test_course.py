@@ -58,6 +58,65 @@ def test_epochs_of_the_evidence(burn_in, every, expected):
     assert [epoch for epoch in range(1, 17) if step.due(epoch)] == expected
 
 
+@pytest.mark.parametrize(
+    ("warm_up", "expected"),
+    [(0.0, [1, 1, 1, 1]), (0.5, [1, 1, 1, 1]), (8.0, [0.5, 1, 1, 1]), (16.0, [0.25, 0.5, 0.75, 1])],
+)
+def test_share_of_the_log_determinants(warm_up, expected):
+    step = EvidenceStep(FixedPointSolver(), 1, 3, 4, EXACT, 0, warm_up=warm_up)
+    assert [step.share(epoch) for epoch in (3, 7, 11, 15)] == expected
+    step.warm_from = -np.inf
+    assert step.share(3) == 1.0
+
+
+def shares():
+    """Those of all objectives that hyper steps are taken on, from here on."""
+    found = []
+
+    class Solver(FixedPointSolver):
+        def step(self, objective, log_precision):
+            found.append(objective.share)
+            return super().step(objective, log_precision)
+
+    return found, Solver()
+
+
+def test_hyper_steps_are_taken_with_the_share_of_their_epoch_and_fully_in_the_end():
+    found, solver = shares()
+    options = {"solver": solver, "steps": 1, "burn_in": 1, "every": 1}
+    net_of(**options, warm_up=4.0, max_epochs=6).partial_fit(data_of())
+    assert found == [0.25, 0.5, 0.75, 1, 1, 1, 1]
+    found.clear()
+    net_of(**options, warm_up=40.0, max_epochs=2).partial_fit(data_of())
+    assert found == [1 / 40, 2 / 40, 1]
+
+
+def test_the_share_begins_anew_at_the_release():
+    found, solver = shares()
+    options = {"solver": solver, "steps": 1, "burn_in": 3, "every": 1}
+    net = net_of(start="symmetric", warm_up=4.0, max_epochs=8, **options).partial_fit(data_of())
+    assert not net.course.holding
+    assert found == [0.25, 0.25, 0.5, 0.75, 1, 1, 1]
+
+
+def test_nothing_is_concluded_before_the_log_determinants_count_fully():
+    """Evidences fall from the first one on; training ends so long after the warm-up."""
+
+    class Worse(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            if "log_marginal_likelihood" in net.history[-1]:
+                net.history.record("log_marginal_likelihood", -1e3 * len(net.history))
+                kept.append(net.course.best)
+
+    for warm_up, n_epochs in ((0.0, 4), (5.0, 8)):
+        kept = []
+        net = net_of(burn_in=1, every=1, warm_up=warm_up, max_epochs=20, patience=3)
+        net.callbacks_.insert(1, ("worse", Worse()))
+        net.partial_fit(data_of())
+        assert len(net.history) == n_epochs
+        assert [best is None for best in kept] == [i < max(warm_up, 1) for i in range(n_epochs)]
+
+
 def evaluated(seed, n_epochs=0, n_sketches=1):
     torch.manual_seed(5)
     data = data_of()

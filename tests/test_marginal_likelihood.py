@@ -166,6 +166,16 @@ def test_tensors_that_are_not_in_use_count_for_nothing():
     assert objective.gradient(prior.log_precision)[i] == 0
 
 
+def test_a_share_multiplies_all_charges():
+    plain, prior, _ = objective_of(BY_NAME["all"])
+    charges = {"blocks.0.fc.weight": 2.0}
+    part = replace(plain, charges=charges, share=0.3)
+    at = torch.randn(len(prior.index), dtype=torch.float64)
+    assert part.evidence(at) == plain.evidence(at)
+    charges = {name: 0.3 * charges.get(name, 1.0) for name in plain.spectra}
+    assert torch.equal(part.gradient(at), replace(plain, charges=charges).gradient(at))
+
+
 def test_a_charge_multiplies_the_log_determinant_in_the_ascent_only():
     plain, prior, _ = objective_of(BY_NAME["all"])
     charged = replace(plain, charges={"blocks.0.fc.weight": 2.0})
