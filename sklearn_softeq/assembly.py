@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .batches import AUGMENTATIONS, Batches, TrainingData
+from .batches import AUGMENTATIONS, Batches, TrainingData, batch_rows
 from .budget import plan_curvature
 from .course import Course, EvidenceStep, Preconditioner, ProgressLine
 from .groups import PointGroup
@@ -114,15 +114,19 @@ class Assembly:
     def _pathways(self) -> tuple[str, ...]:
         return check_names(self.clf.pathways, PATHWAYS, "pathways")
 
+    @property
+    def _batch_rows(self) -> int:
+        rows = self.clf.batch_size
+        return batch_rows(len(self.data)) if rows == "auto" else rows
+
     def _groups_to_try(self) -> list[PointGroup | None]:
         """What a symmetric start can begin with, if there is a choice.
 
         None stands for all pathways, where some have no symmetry.
         """
         of_pathways = [PATHWAYS[name].group for name in self._pathways]
-        groups = symmetries(of_pathways)
-        choice = self.clf.start == "symmetric" and len(groups) > 1
-        return [*groups, *([None] if None in of_pathways else [])] if choice else []
+        found = [*symmetries(of_pathways), *([None] if None in of_pathways else [])]
+        return found if self.clf.start == "symmetric" and len(found) > 1 else []
 
     def _start(self, group: PointGroup | None = None) -> Start:
         return SymmetricStart(group) if self.clf.start == "symmetric" else JointStart()
@@ -208,7 +212,7 @@ class Assembly:
             optimizer=optimizer.build,
             lr=self.initial_rate,
             max_epochs=max_epochs,
-            batch_size=clf.batch_size,
+            batch_size=self._batch_rows,
             iterator_train=Batches,
             iterator_train__random_state=np.random.RandomState(self.seeds.batches),
             iterator_train__augment=_augmentation(clf.augment),

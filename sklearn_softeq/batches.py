@@ -13,11 +13,25 @@ from .curvature import Batch
 from .layers import shift
 from .processes import ALONE, Processes
 
-__all__ = ["AUGMENTATIONS", "Batches", "TrainingData", "crop_flip"]
+__all__ = ["AUGMENTATIONS", "BATCH_ROWS", "Batches", "TrainingData", "batch_rows", "crop_flip"]
 
 Augmentation = Callable[[torch.Tensor], torch.Tensor]
 
 _LENT = threading.Lock()
+
+#: Rows of a batch where there are many.
+BATCH_ROWS = 128
+#: Of fewer rows an epoch has so many batches, each of at least so many rows: epochs of one or two
+#: steps train nothing before the first evidence. What is as few as this is one batch, so that
+#: weights are repetitions to the last digit there.
+FEWEST_BATCHES, FEWEST_ROWS, ONE_BATCH = 8, 16, 64
+
+
+def batch_rows(n_rows: int) -> int:
+    """Rows of a batch for data of so many rows."""
+    if n_rows <= ONE_BATCH:
+        return ONE_BATCH
+    return min(BATCH_ROWS, max(FEWEST_ROWS, math.ceil(n_rows / FEWEST_BATCHES)))
 
 
 @dataclass(frozen=True, eq=False)

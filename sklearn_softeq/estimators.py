@@ -16,7 +16,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from .assembly import Assembly, Seeds
-from .batches import AUGMENTATIONS, TrainingData
+from .batches import AUGMENTATIONS, BATCH_ROWS, TrainingData
 from .budget import rows_of_a_pass
 from .curvature import COLUMNS, KFAC_FORMS
 from .groups import GROUPS
@@ -101,21 +101,21 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     start : {"symmetric", "joint"}, default="symmetric"
         "symmetric": the pathways of one symmetry alone until ``burn_in``, then all, the others
         from zero, with their log determinants counted four times in the hyper steps; one that the
-        evidence switches off is removed. Of several symmetries, such as shifts with and without
-        quarter turns, each has three trials of ``burn_in`` epochs, from different random weights,
-        on four fifths of the rows, and training goes on, with all rows, from the one that
-        predicts the other fifth best; with all pathways at once if these do so by more than one
-        nat for each row.
+        evidence switches off is removed. If some pathways have no symmetry, or there are several,
+        such as shifts with and without quarter turns, each symmetry, and all pathways at once,
+        have a trial of ``burn_in`` epochs on four fifths of the rows (three from different random
+        weights, of several symmetries), and training goes on, with all rows, from the one that
+        predicts the other fifth best; with all pathways at once only if these do so by more than
+        one nat for each row.
         Where the symmetric pathways have learnt next to nothing, all begin anew as with "joint":
         all pathways at once from random weights, their sum divided by the root of their number
         (the paper, which takes the mean).
     prior_precision : float, default=1.0
         Start of every precision, in units of 1 / weight².
     burn_in : int, default=20
-        Epochs of one symmetry alone, before the first evidence; at most half of ``max_epochs``.
-        The paper has 10. Of several symmetries each has three trials of so many epochs, and all
-        pathways have one if some have no symmetry; then the first evidence comes after five
-        epochs. Those of trials are not counted in ``n_iter_`` or ``max_epochs``.
+        Epochs of one symmetry alone, and of each trial, before the first evidence; at most half
+        of ``max_epochs``. The paper has 10. After trials the first evidence comes after five
+        epochs more. Epochs of trials are not counted in ``n_iter_`` or ``max_epochs``.
     evidence_every : int, default=5
         Epochs from one evidence to the next, as in the paper.
     hyper_solver : {"fixed_point", "adam"}, default="fixed_point"
@@ -162,8 +162,11 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         Evaluations in a row without a rise after which training ends (after a cool-down).
     keep_best : bool, default=True
         Return to the state of the best figure seen if the last one is worse.
-    batch_size : int, default=128
-        Rows of one step, and of one pass in prediction.
+    batch_size : int or "auto", default="auto"
+        Rows of one step, and of one pass in prediction. "auto": 128; of less than 1000 images so
+        many that an epoch has eight batches, but not less than 16; up to 64 images all at once.
+        With batches of 128, digits were recognised by 45 to 76 % after a fit to 120, and by 60 to
+        90 % with batches of 16.
     lr : float, default=None
         Learning rate of the weights. None: 0.01 for "adam" and "sgd", 0.1 for "kfac". Where the
         evidence presses down a pathway that the symmetric start began without, Adam's rate falls
@@ -323,7 +326,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         "tol": [Interval(Real, 0, None, closed="left")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
         "keep_best": ["boolean"],
-        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "lr": [Interval(Real, 0, None, closed="neither"), None],
         "lr_schedule": [StrOptions(set(LR_SCHEDULES))],
         "optimizer": [StrOptions(set(OPTIMIZERS))],
@@ -367,7 +370,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         tol=0.01,
         n_iter_no_change=10,
         keep_best=True,
-        batch_size=128,
+        batch_size="auto",
         lr=None,
         lr_schedule="cooldown",
         optimizer="adam",
@@ -736,7 +739,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
     def _outputs(self, X) -> torch.Tensor:
         check_is_fitted(self)
-        return map_outputs(self.module_, self._new_images(X), self.batch_size)
+        n_rows = BATCH_ROWS if self.batch_size == "auto" else self.batch_size
+        return map_outputs(self.module_, self._new_images(X), n_rows)
 
     def _new_images(self, X) -> torch.Tensor:
         X, _, found = check_images(self, X, reset=False)

@@ -20,8 +20,8 @@ __all__ = ["HELD_OUT", "JOINT_MARGIN", "N_TRIALS", "Trial", "best_symmetry"]
 #: memorises.
 HELD_OUT = 5
 
-#: Random starts of each symmetry. A network of a few channels may learn nothing for twenty epochs
-#: from a bad one, and its symmetry would be judged by that.
+#: Random starts of each symmetry of several. A network of a few channels may learn nothing for
+#: twenty epochs from a bad one, and its symmetry would be judged by that.
 N_TRIALS = 3
 
 #: Nats per observation, on average, by which all pathways together have to predict better than each
@@ -95,7 +95,7 @@ def best_symmetry(
         Its best net, after the trial.
     scores : dict of str to float
         For each group's name, and "joint", the mean log likelihood of the held-out rows, in nats;
-        by the best of :data:`N_TRIALS` nets of a group.
+        by the best of :data:`N_TRIALS` nets of a group where there are several groups.
 
     References
     ----------
@@ -105,8 +105,9 @@ def best_symmetry(
     """
     scores: dict[str, float] = {}
     best: tuple[PointGroup | None, SoftEquivariantNet] | None = None
+    n_trials = N_TRIALS if sum(group is not None for group in groups) > 1 else 1
     for group in groups:
-        for number in range(1 if group is None else N_TRIALS):
+        for number in range(1 if group is None else n_trials):
             trial = Trial(rate(), held)
             net = build(group, number, trial)
             with suppress(DivergedError):

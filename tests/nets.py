@@ -79,9 +79,8 @@ def net_of(
     if evidence is None:
         solver = solver or FixedPointSolver()
         how = partial(plan, n_sketches, subset)
-        evidence = EvidenceStep(
-            solver, steps, burn_in, every, how, evidence_seed, lengthscales, warm_up
-        )
+        seen = (burn_in, every, how, evidence_seed, lengthscales, warm_up)
+        evidence = EvidenceStep(solver, steps, *seen)
     start = STARTS[start]() if isinstance(start, str) else start
     rate = LearningRate(schedule, lr, max_epochs)
     course = Course(evidence, start, rate, Plateau(0.0, patience), keep_best, holding, endless)

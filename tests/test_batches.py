@@ -6,13 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from sklearn_softeq.batches import Batches, TrainingData, crop_flip
+from sklearn_softeq.batches import Batches, TrainingData, batch_rows, crop_flip
 from sklearn_softeq.processes import Processes
 
 
 def numbered(n):
     rows = torch.arange(n, dtype=torch.float64)
     return TrainingData(rows.view(n, 1, 1, 1), rows.long() + 100, rows + 0.5, float(n))
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [(1, 64), (64, 64), (65, 16), (120, 16), (128, 16), (250, 32), (1000, 125), (1024, 128)],
+)
+def test_rows_of_a_batch(n, expected):
+    assert batch_rows(n) == expected
+    assert batch_rows(60_000) == 128
 
 
 @pytest.mark.parametrize(("n", "size", "parts"), [(10, 4, 3), (12, 4, 3), (7, 6, 2), (9, 1, 9)])
