@@ -103,19 +103,19 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         from zero, with their log determinants counted four times in the hyper steps; one that the
         evidence switches off is removed. If some pathways have no symmetry, or there are several,
         such as shifts with and without quarter turns, each symmetry, and all pathways at once,
-        have a trial of ``burn_in`` epochs on four fifths of the rows (three from different random
-        weights, of several symmetries), and training goes on, with all rows, from the one that
-        predicts the other fifth best; with all pathways at once only if these do so by more than
-        one nat for each row.
+        have a trial of twice ``burn_in`` epochs on four fifths of the rows (of several symmetries
+        each has three random starts, of which the best goes on after half of them). Training goes
+        on, with all rows, from the one that predicts the other fifth best; with all pathways at
+        once only if these do so by more than 0.75 nats for each row.
         Where the symmetric pathways have learnt next to nothing, all begin anew as with "joint":
         all pathways at once from random weights, their sum divided by the root of their number
         (the paper, which takes the mean).
     prior_precision : float, default=1.0
         Start of every precision, in units of 1 / weight².
     burn_in : int, default=20
-        Epochs of one symmetry alone, and of each trial, before the first evidence; at most half
-        of ``max_epochs``. The paper has 10. After trials the first evidence comes after five
-        epochs more. Epochs of trials are not counted in ``n_iter_`` or ``max_epochs``.
+        Epochs of one symmetry alone, and half of those of each trial, before the first evidence;
+        at most half of ``max_epochs``. The paper has 10. After trials the first evidence comes
+        after five epochs more. Those of trials are not counted in ``n_iter_`` or ``max_epochs``.
     evidence_every : int, default=5
         Epochs from one evidence to the next, as in the paper.
     hyper_solver : {"fixed_point", "adam"}, default="fixed_point"
@@ -236,9 +236,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     loss_curve_ : ndarray of shape (epochs,)
         Negative log joint for each observation (without the prior's normaliser), by epoch.
     symmetry_trials_ : dict of str to float
-        Log likelihood of the held-out fifth for each observation, in nats, at the end of the best
-        trial of each group ("p1": shifts alone), and of all pathways ("joint") where some have no
-        symmetry. The highest group has begun, or all if they led by more than one nat. Empty
+        Log likelihood of the held-out fifth for each observation, in nats, at the end of the trial
+        of each group ("p1": shifts alone), and of all pathways ("joint") where some have no
+        symmetry. The highest group has begun, or all if they led by more than 0.75 nats. Empty
         without trials.
     scores_ : ndarray
         Log marginal likelihood at each evaluation, in nats.

@@ -799,7 +799,7 @@ def test_the_net_that_was_tried_is_the_one_that_goes_on(digits, best, monkeypatc
 
     def scored(self, net, **kwargs):
         end(self, net)
-        name = ["p4", "p1"][len(tried)]
+        name = "p4" if net.module_.layers["blocks.0"].enabled["p4_conv"] else "p1"
         tried[name] = {k: w.detach().clone() for k, w in net.module_.named_parameters()}
         self.score = float(name == best)
 
@@ -910,10 +910,10 @@ def test_activations(digits):
 
 def test_warm_start(digits):
     images, labels = digits
-    clf = SoftEquivariantClassifier(**FAST, warm_start=True).fit(images, labels)
+    clf = SoftEquivariantClassifier(**FAST, start="joint", warm_start=True).fit(images, labels)
     first_loss = clf.loss_curve_
     clf.fit(images, labels)
-    assert clf.loss_curve_[0] < 0.8 * first_loss[0]  # which came after a trial
+    assert clf.loss_curve_[0] < 0.5 * first_loss[0]
     for name, value in (("width", 3), ("activation", "relu")):
         before = clf.get_params()[name]
         with pytest.raises(ValueError, match="warm_start=False"):

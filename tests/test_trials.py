@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nets import Record, data_of, net_of, weights_of
+from skorch.callbacks import Callback
 
 from sklearn_softeq.groups import P1, P4, PM
 from sklearn_softeq.schedules import LearningRate, SymmetricStart
@@ -39,6 +40,17 @@ def test_score_is_that_of_the_held_out_rows_at_the_mean_of_the_last_weights():
     assert trial.score == pytest.approx(expected.item())
 
 
+def test_a_trial_that_goes_on_is_judged_by_its_last_weights():
+    record, trial = Record(), Trial(rate(), data_of(n=7))
+    net = trial_net(trial, record=record).partial_fit(data_of())
+    before = trial.score
+    net.partial_fit(data_of())
+    last = record.weights[-EPOCHS // 4 :]
+    for name, found in weights_of(net).items():
+        torch.testing.assert_close(found, sum(w[name] for w in last) / len(last))
+    assert trial.score != before
+
+
 def test_a_trial_of_one_epoch_has_a_score():
     trial = Trial(rate(), data_of(n=7))
     net = trial_net(trial, max_epochs=1).partial_fit(data_of())
@@ -66,9 +78,10 @@ def given_scores(monkeypatch, scores):
 @pytest.mark.parametrize(
     ("scores", "best", "number"),
     [
-        ((-1.0, -4.0, -5.0, -3.0, -3.0, -3.0, -2.0, -6.0, -7.0), P4, 0),
-        ((-9.0, -8.0, -3.0, -2.0, -2.5, -4.0, -6.0, -5.0, -1.0), P1, 2),
-        ((-2.0, -2.0, -2.0, -3.0, -1.0, -1.0, -1.0, -1.0, -2.0), PM, 1),
+        ((-1.0, -4.0, -5.0, -1.5, -3.0, -3.0, -3.0, -3.0, -2.0, -6.0, -7.0, -2.0), P4, 0),
+        ((-9.0, -8.0, -3.0, -2.0, -2.0, -2.5, -4.0, -1.8, -6.0, -5.0, -1.9, -1.7), P1, 2),
+        ((-2.0, -2.0, -2.0, -3.0, -3.0, -1.0, -1.0, -1.0, -1.0, -1.0, -2.0, -1.0), PM, 1),
+        ((-1.0, -2.0, -2.0, -3.0, -3.0, -3.0, -2.8, -2.5, -9.0, -9.0, -9.0, -9.0), PM, 2),
     ],
 )
 def test_the_best_symmetry_goes_on(scores, best, number, monkeypatch):
@@ -89,7 +102,12 @@ def test_the_best_symmetry_goes_on(scores, best, number, monkeypatch):
     assert (group, net) == (best, built[best, number])
     assert list(built) == list(itertools.product((P4, PM, P1), range(N_TRIALS)))
     assert list(found) == ["p4", "pm", "p1"]
-    assert list(found.values()) == [max(scores[i : i + 3]) for i in (0, 3, 6)]
+    assert list(found.values()) == [scores[i] for i in (3, 7, 11)]
+    # The best start of each goes on for as long again.
+    for i, at in ((0, P4), (4, PM), (8, P1)):
+        best = int(np.argmax(scores[i : i + N_TRIALS]))
+        lengths = [len(built[at, number].history) for number in range(N_TRIALS)]
+        assert lengths == [EPOCHS * (1 + (number == best)) for number in range(N_TRIALS)]
     seen = [torch.cat(record.inputs[:1]) for record in records.values()]
     assert all(torch.equal(a, b) for a, b in itertools.pairwise(seen))  # the same rows for all
     assert len(seen[0]) == len(kept)
@@ -104,15 +122,16 @@ def test_the_best_symmetry_goes_on(scores, best, number, monkeypatch):
 
 @pytest.mark.parametrize(("lead", "best"), [(0.9, P1), (1.1, None)])
 def test_all_together_need_a_margin(lead, best, monkeypatch):
-    given_scores(monkeypatch, [-4.0, -4.0 + lead * JOINT_MARGIN])  # a lone symmetry has one trial
+    joint = -4.0 + lead * JOINT_MARGIN
+    given_scores(monkeypatch, [-6.0, -4.0, -3.0, joint])  # a lone symmetry has one trial
 
     def build(group, number, trial):
         return trial_net(trial, group=group, pathways=PATHWAYS)
 
     group, net, found = best_symmetry(build, (P1, None), rate, *parts())
     assert group is best
-    assert len(net.history) == EPOCHS
-    assert found == {"p1": -4.0, "joint": -4.0 + lead * JOINT_MARGIN}
+    assert len(net.history) == 2 * EPOCHS
+    assert found == {"p1": -4.0, "joint": joint}
 
 
 def test_a_trial_that_diverges_is_the_worst():
@@ -131,6 +150,24 @@ def test_a_trial_that_diverges_is_the_worst():
     assert found["p4"] == -math.inf
     assert math.isfinite(found["p1"])
     assert len(trials) == 2 * N_TRIALS
+
+
+def test_a_trial_that_diverges_later_is_the_worst():
+    class Spoil(Callback):
+        def on_epoch_begin(self, net, **kwargs):
+            if len(net.history) == EPOCHS + 2:
+                for parameter in net.module_.parameters():
+                    parameter.data.mul_(math.inf)
+
+    def build(group, number, trial):
+        net = trial_net(trial, group=group, pathways=PATHWAYS)
+        if group == P4:
+            net.callbacks_.append(("spoil", Spoil()))
+        return net
+
+    group, _, found = best_symmetry(build, (P4, P1), rate, *parts())
+    assert group == P1
+    assert found["p4"] == -math.inf
 
 
 def test_held_out_rows_are_not_trained_on():
