@@ -21,7 +21,7 @@ import os
 
 from sklearn_softeq.datasets import load_digit_tasks
 
-MAX_EPOCHS = int(os.environ.get("SOFTEQ_MAX_EPOCHS", "50"))
+MAX_EPOCHS = int(os.environ.get("SOFTEQ_MAX_EPOCHS", "55"))
 names = {"rotated": "label: digit", "rotation": "label: digit and orientation"}
 tasks = {names[task]: load_digit_tasks(task=task, n_train=800) for task in names}
 
@@ -44,7 +44,7 @@ for name, data in tasks.items():
     clf = SoftEquivariantClassifier(
         pathways=("p4_conv", "conv", "factored_fc"),
         width=3,
-        burn_in=15,
+        burn_in=10,
         max_epochs=MAX_EPOCHS,
         random_state=0,
     )
