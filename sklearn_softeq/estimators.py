@@ -106,7 +106,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         have a trial of twice ``burn_in`` epochs on four fifths of the rows (of several symmetries
         each has three random starts, of which the best goes on after half of them). Training goes
         on, with all rows, from the one that predicts the other fifth best; with all pathways at
-        once only if these do so by more than one nat for each row.
+        once only if these do so by more than 0.8 nats for each row.
         Where the symmetric pathways have learnt next to nothing, all begin anew as with "joint":
         all pathways at once from random weights, their sum divided by the root of their number
         (the paper, which takes the mean).
@@ -238,7 +238,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     symmetry_trials_ : dict of str to float
         Log likelihood of the held-out fifth for each observation, in nats, at the end of the trial
         of each group ("p1": shifts alone), and of all pathways ("joint") where some have no
-        symmetry. The highest group has begun, or all if they led by more than one nat. Empty
+        symmetry. The highest group has begun, or all if they led by more than 0.8 nats. Empty
         without trials.
     scores_ : ndarray
         Log marginal likelihood at each evaluation, in nats.
