@@ -196,30 +196,33 @@ class Run:
             choose_precision(clf, X_train, y_train, budget)
         clf.fit(X_train, y_train)
         seconds = time.process_time() - start
-        p = clf.predict_proba(X_test)
-        shifts, turns = (clf.equivariance_error(X_test, g) for g in ("translation", "p4"))
-        return {
-            "accuracy": round(clf.score(X_test, y_test), 4),
-            "nll": round(log_loss(y_test, p, labels=clf.classes_), 4),
-            "ece": round(calibration_error(clf.classes_, y_test, p), 4),
-            "train_nll": round(
-                log_loss(y_train, clf.predict_proba(X_train), labels=clf.classes_), 4
-            ),
-            "log_evidence": round(clf.log_marginal_likelihood_value_ / len(y_train), 4),
-            "linear_term": round(clf.evidence_linear_term_, 4),
-            "shifts": rounded([*shifts.layers, shifts.logits]),
-            "turns": rounded([*turns.layers, turns.logits]),
-            "trials": {name: round(score, 3) for name, score in clf.symmetry_trials_.items()},
-            "pathways": clf.pathway_names_,
-            "effective_dimensions": rounded(clf.effective_dimensions_, 2),
-            "log_precisions": rounded(np.log(clf.prior_precision_), 2),
-            "removed": np.isposinf(clf.prior_precision_).tolist(),
-            "output_share": rounded(clf.output_share_),
-            "prior_precision": clf.prior_precision,
-            "weights": sum(p.numel() for p in clf.module_.parameters()),
-            "epochs": clf.n_iter_,
-            "seconds": round(seconds, 1),
-        }
+        found = measured(clf, X_train, y_train, X_test, y_test)
+        return {**found, "prior_precision": clf.prior_precision, "seconds": round(seconds, 1)}
+
+
+def measured(clf: SoftEquivariantClassifier, X_train, y_train, X_test, y_test) -> dict:
+    """What a fit found and how good it is."""
+    p = clf.predict_proba(X_test)
+    shifts, turns = (clf.equivariance_error(X_test, g) for g in ("translation", "p4"))
+    of_training = log_loss(y_train, clf.predict_proba(X_train), labels=clf.classes_)
+    return {
+        "accuracy": round(clf.score(X_test, y_test), 4),
+        "nll": round(log_loss(y_test, p, labels=clf.classes_), 4),
+        "ece": round(calibration_error(clf.classes_, y_test, p), 4),
+        "train_nll": round(of_training, 4),
+        "log_evidence": round(clf.log_marginal_likelihood_value_ / len(y_train), 4),
+        "linear_term": round(clf.evidence_linear_term_, 4),
+        "shifts": rounded([*shifts.layers, shifts.logits]),
+        "turns": rounded([*turns.layers, turns.logits]),
+        "trials": {name: round(score, 3) for name, score in clf.symmetry_trials_.items()},
+        "pathways": clf.pathway_names_,
+        "effective_dimensions": rounded(clf.effective_dimensions_, 2),
+        "log_precisions": rounded(np.log(clf.prior_precision_), 2),
+        "removed": np.isposinf(clf.prior_precision_).tolist(),
+        "output_share": rounded(clf.output_share_),
+        "weights": sum(p.numel() for p in clf.module_.parameters()),
+        "epochs": clf.n_iter_,
+    }
 
 
 def rounded(values, digits: int = 4) -> list:

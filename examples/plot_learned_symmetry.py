@@ -25,7 +25,7 @@ tasks = {name: load_digit_tasks(task=name, n_train=600) for name in ("digit", "q
 # %%
 # Two fits
 # --------
-# After ``burn_in`` epochs of the convolutions alone, the free pathways join in at zero. The warning
+# The convolutions train alone for a while; then the free pathways join in at zero. The warning
 # that the evidence had not settled is true here, and left aside.
 
 import warnings

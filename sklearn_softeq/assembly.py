@@ -1,7 +1,6 @@
 """Nets put together from the parameters of an estimator."""
 
 import copy
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from .schedules import (
     symmetries,
 )
 from .training import OPTIMIZERS, SoftEquivariantNet
-from .trials import HELD_OUT, Trial, best_symmetry
+from .trials import FEWEST_HELD, HELD_OUT, Trial, best_symmetry
 from .validation import check_names
 
 __all__ = ["Assembly", "Seeds"]
@@ -66,7 +65,7 @@ class Assembly:
         """A net at its start, and the scores of the symmetries that have been tried for it."""
         groups = [] if endless else self._groups_to_try()
         parts = groups and self.data.split(
-            HELD_OUT, torch.Generator().manual_seed(self.seeds.curvature)
+            HELD_OUT, torch.Generator().manual_seed(self.seeds.curvature), FEWEST_HELD
         )
         if not parts:
             start = self._start()
@@ -83,12 +82,12 @@ class Assembly:
 
     def further(self, previous: SoftEquivariantNet, endless: bool) -> SoftEquivariantNet:
         """A net that goes on from another one."""
-        before = previous.course.start
-        start = before.again() if self.clf.start == "symmetric" else JointStart()
-        holding = previous.course.holding
-        course = self._course(start, self.burn_in, holding, endless)
-        # Precisions that have been learned need no warm-up.
-        course.evidence.warm_from = previous.course.evidence.warm_from if endless else -math.inf
+        before, begun = previous.course, len(previous.history)
+        start = before.start.again() if self.clf.start == "symmetric" else JointStart()
+        course = self._course(start, self.burn_in, before.holding, endless)
+        if not before.holding:  # the ramp goes on where it was, if it is not over
+            course.evidence.ramp = before.evidence.ramp
+            course.evidence.ramp_from = before.evidence.ramp_from - (0 if endless else begun)
         net = self._begun(start, course)
         net.take_over(previous, history=endless)
         net.course.rate.rewarm(len(net.history))
@@ -113,11 +112,6 @@ class Assembly:
     @property
     def _pathways(self) -> tuple[str, ...]:
         return check_names(self.clf.pathways, PATHWAYS, "pathways")
-
-    @property
-    def _batch_rows(self) -> int:
-        rows = self.clf.batch_size
-        return batch_rows(len(self.data)) if rows == "auto" else rows
 
     def _groups_to_try(self) -> list[PointGroup | None]:
         """What a symmetric start can begin with, if there is a choice.
@@ -154,7 +148,7 @@ class Assembly:
 
     def _course(self, start: Start, burn_in: int, holding: bool, endless: bool) -> Course:
         return Course(
-            self._evidence_step(burn_in),
+            self._evidence_step(burn_in, endless),
             start,
             self._rate(endless),
             Plateau(max(self.clf.tol, 1.0 / self.data.n_observations), self.clf.n_iter_no_change),
@@ -176,8 +170,9 @@ class Assembly:
         n_columns = len(self.clf.classes_) - 1
         return [("preconditioner", Preconditioner(self.seeds.preconditioner, n_columns))]
 
-    def _evidence_step(self, burn_in: int) -> EvidenceStep:
+    def _evidence_step(self, burn_in: int, endless: bool) -> EvidenceStep:
         clf = self.clf
+        ramp = clf.hyper_warmup if endless else min(clf.hyper_warmup, clf.max_epochs / 4)
         solver = HYPER_SOLVERS[clf.hyper_solver]
         learn_lengthscale = clf.learn_prior and clf.learn_lengthscale
         return EvidenceStep(
@@ -197,7 +192,7 @@ class Assembly:
             ),
             seed=self.seeds.curvature,
             lengthscales=LengthscaleSolver() if learn_lengthscale else None,
-            warm_up=clf.hyper_warmup * clf.max_epochs,
+            ramp=ramp,
         )
 
     def _net(
@@ -212,7 +207,7 @@ class Assembly:
             optimizer=optimizer.build,
             lr=self.initial_rate,
             max_epochs=max_epochs,
-            batch_size=self._batch_rows,
+            batch_size=batch_rows(clf.batch_size, len(self.data)),
             iterator_train=Batches,
             iterator_train__random_state=np.random.RandomState(self.seeds.batches),
             iterator_train__augment=_augmentation(clf.augment),

@@ -21,17 +21,19 @@ _LENT = threading.Lock()
 
 #: Rows of a batch where there are many.
 BATCH_ROWS = 128
-#: Of fewer rows an epoch has so many batches, each of at least so many rows: epochs of one or two
-#: steps train nothing before the first evidence. What is as few as this is one batch, so that
+#: Of fewer rows an epoch has so many batches, if each has about so many rows: epochs of one or two
+#: steps train little before the first evidence. What is as few as this is one batch, so that
 #: weights are repetitions to the last digit there.
-FEWEST_BATCHES, FEWEST_ROWS, ONE_BATCH = 8, 16, 64
+N_BATCHES, FEWEST_ROWS, ONE_BATCH = 8, 16, 64
 
 
-def batch_rows(n_rows: int) -> int:
-    """Rows of a batch for data of so many rows."""
+def batch_rows(batch_size: int | str, n_rows: int) -> int:
+    """Rows of a batch, as they are given or, for "auto", for data of so many rows."""
+    if isinstance(batch_size, int | np.integer):
+        return int(batch_size)
     if n_rows <= ONE_BATCH:
         return ONE_BATCH
-    return min(BATCH_ROWS, max(FEWEST_ROWS, math.ceil(n_rows / FEWEST_BATCHES)))
+    return min(BATCH_ROWS, max(FEWEST_ROWS, math.ceil(n_rows / N_BATCHES)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +67,7 @@ class TrainingData(torch.utils.data.Dataset):
         return bool((self.weights == 1).all())
 
     def split(
-        self, every: int, generator: torch.Generator
+        self, every: int, generator: torch.Generator, fewest: int = 1
     ) -> tuple["TrainingData", "TrainingData"] | None:
         """Hold out one row of so many, stratified by class.
 
@@ -78,11 +80,13 @@ class TrainingData(torch.utils.data.Dataset):
         every : int
         generator : torch.Generator
             Of the order within a class; on the CPU.
+        fewest : int, default=1
+            Different rows that have to be held out at least.
 
         Returns
         -------
         kept, held : TrainingData
-            None instead if there are not so many different rows to choose from.
+            None instead if there are not enough different rows to choose from.
         """
         direction = torch.randn(self.inputs[0].numel(), generator=generator).to(self.inputs)
         parts = self.inputs.flatten(1).split(4096)
@@ -95,7 +99,7 @@ class TrainingData(torch.utils.data.Dataset):
         different = torch.cat([changes.new_zeros(1), changes]).cumsum(0)  # number of each row
         classes = self.targets[order[torch.cat([changes.new_ones(1), changes])]]
         shared = torch.bincount(classes)[classes] > 1  # of each different row
-        if shared.sum() < every:
+        if shared.sum() < every * fewest:
             return None
         first = torch.randint(every, (), generator=generator).item()
         chosen = shared & ((shared.cumsum(0) - 1) % every == first)

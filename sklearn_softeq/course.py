@@ -55,7 +55,7 @@ class EvidenceStep(Callback):
         change the order of the batches.
     lengthscales : LengthscaleSolver, optional
         How the lengthscales of interpolations ascend; default: they stay.
-    warm_up : float, default=0.0
+    ramp : float, default=0.0
         Epochs over which the log determinants come to count fully in the hyper steps. At full
         weight from the beginning they push networks that have learnt little yet towards those that
         need few weights, out of which they do not come back (docs/design/sums.md).
@@ -64,8 +64,8 @@ class EvidenceStep(Callback):
     ----------
     state : State or None
         That of the last evaluation, with the mean weights and the precisions that came of it.
-    warm_from : float
-        Epoch with which the warm-up begins; −inf if there is none any more.
+    ramp_from : int
+        Epoch with which the ramp begins, below 0 if a part of it was before.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class EvidenceStep(Callback):
         plan: Callable[[torch.nn.Module, int], CurvaturePlan],
         seed: int,
         lengthscales: LengthscaleSolver | None = None,
-        warm_up: float = 0.0,
+        ramp: float = 0.0,
     ):
         self.solver = solver
         self.steps = steps
         self.burn_in = burn_in
         self.every = every
-        self.warm_up = warm_up
-        self.warm_from: float = burn_in - every
+        self.ramp = ramp
+        self.ramp_from = burn_in - every
         self.plan = plan
         self.seed = seed
         self.lengthscales = lengthscales
@@ -110,27 +110,30 @@ class EvidenceStep(Callback):
         """Whether the evidence is evaluated after this epoch."""
         return epoch >= self.burn_in and (epoch - self.burn_in) % self.every == 0
 
-    def share(self, epoch: int) -> float:
+    def log_det_weight(self, epoch: int) -> float:
         """How far the log determinants count in the hyper steps after this epoch, 0 to 1."""
-        beyond = epoch - self.warm_from
-        return min(1.0, beyond / self.warm_up) if self.warm_up > 0 else 1.0
+        beyond = max(0, epoch - self.ramp_from)
+        return min(1.0, beyond / self.ramp) if self.ramp > 0 else 1.0
 
     def forget(self) -> None:
         """Drop the slopes: the weights that they belong to are gone."""
         self._slopes = {}
 
-    def evaluate(self, net: SoftEquivariantNet, keep: bool = False) -> LaplaceEvidence:
+    def evaluate(self, net: SoftEquivariantNet, final: bool = False) -> LaplaceEvidence:
         """The evidence at the present weights as a function of the precisions.
 
-        With ``keep`` it holds the curvature itself, too, if that is of all rows.
+        In the ``final`` one of a fit log determinants count fully, as a training that was too
+        short for the ramp has to end without, and it holds the curvature itself, if that is of all
+        rows.
         """
+        weight = 1.0 if final else self.log_det_weight(len(net.history))
         if self._traces is None:
-            return self.complete(net, keep)
+            return self._evaluate(net, None, self._generator(net), weight, final)
         traces, generator = self._traces.clone(), self._generator(net)
         net.processes_.add(traces)
         chosen = self.chosen
         sample = net.data_.sample(chosen.n_rows, traces, generator, chosen.copies)
-        return self._evaluate(net, sample, generator)
+        return self._evaluate(net, sample, generator, weight)
 
     @property
     def sampled(self) -> bool:
@@ -138,8 +141,8 @@ class EvidenceStep(Callback):
         return self._traces is not None
 
     def complete(self, net: SoftEquivariantNet, keep: bool = False) -> LaplaceEvidence:
-        """The evidence of all rows."""
-        return self._evaluate(net, None, self._generator(net), keep)
+        """The evidence of all rows, at full weight of the log determinants."""
+        return self._evaluate(net, None, self._generator(net), keep=keep)
 
     def _generator(self, net: SoftEquivariantNet) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed + len(net.history))
@@ -149,6 +152,7 @@ class EvidenceStep(Callback):
         net: SoftEquivariantNet,
         sample: TrainingData | None,
         generator: torch.Generator,
+        log_det_weight: float = 1.0,
         keep: bool = False,
     ) -> LaplaceEvidence:
         data = net.data_ if sample is None else sample
@@ -179,7 +183,7 @@ class EvidenceStep(Callback):
             squared_norms(net.enabled_tensors()),
             net.prior_.index,
             net.course.start.charges(net.module_),
-            self.share(len(net.history)),
+            log_det_weight,
             curvature.slopes,
             curvature.factors if keep else {},
         )
@@ -428,10 +432,10 @@ class Course(Callback):
             if self._restarted(net, epoch) or self._released(net, epoch):
                 # Another model from here on: what was reached before is no measure for it.
                 self.rate.rewarm(epoch)
-                self.evidence.warm_from = epoch
+                self.evidence.ramp_from = epoch
                 net.update_decay()
                 return
-        if not self.evidence.steps or self.evidence.share(epoch) == 1.0:
+        if not self.evidence.steps or self.evidence.log_det_weight(epoch) == 1.0:
             self._conclude(net)
         if self.evidence.steps and not self.rate.cooling:
             # Only now: the figure is that of the network as it was. And not while the rate falls,
@@ -470,9 +474,7 @@ class Course(Callback):
         """Take the mean weights of the cool-down, or the best state seen, and evaluate it."""
         self.mean.load(net.enabled_tensors())
         evidence = self.evidence
-        if not self.endless:
-            evidence.warm_from = -math.inf  # what was too short for the warm-up ends without
-        last = evidence.evaluate(net, keep=not self.endless)
+        last = evidence.evaluate(net, final=not self.endless)
         if self.endless:  # the precisions wait for the next one
             net.laplace_, net.linear_term_ = last, math.nan
             evidence.forget_data()

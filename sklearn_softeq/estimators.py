@@ -16,7 +16,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from .assembly import Assembly, Seeds
-from .batches import AUGMENTATIONS, BATCH_ROWS, TrainingData
+from .batches import AUGMENTATIONS, BATCH_ROWS, TrainingData, batch_rows
 from .budget import rows_of_a_pass
 from .curvature import COLUMNS, KFAC_FORMS
 from .groups import GROUPS
@@ -60,7 +60,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     fully-connected map). Each weight tensor has a Gaussian prior with a precision of its own.
     ``fit`` ascends the log joint in the weights and a Laplace estimate of the log marginal
     likelihood in the precisions; a free pathway that the data do not ask for is held at zero, one
-    that they ask for stays. No validation set is needed.
+    that they ask for stays. No validation set has to be given: before training begins a fifth of
+    the rows is held out for a while, to choose what begins (``start``).
 
     Parameters
     ----------
@@ -126,12 +127,14 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     hyper_lr : float, default=None
         Rate of these steps on log precisions; None: 0.5 for the fixed point (1 is undamped), 0.1
         for Adam.
-    hyper_warmup : float, default=0.25
-        Share of ``max_epochs`` over which the log determinants, which pull towards strong priors,
-        come to count fully in these steps; only then is the evidence asked whether it still
-        rises. At full weight from the first one on (0, the paper) they push networks that have
-        learnt little yet into priors out of which they do not come back, most of all where there
-        are few images. Precisions that ``warm_start`` takes over are learned without.
+    hyper_warmup : int, default=100
+        Epochs, at most a quarter of ``max_epochs``, over which the log determinants, which pull
+        towards strong priors, come to count fully in these steps; precisions begin below their
+        fixed point, and only then is the evidence asked whether it still rises. At full weight
+        from the first one on (0, the paper) they push networks that have learnt little yet into
+        priors out of which they do not come back, most of all where there are few images. It
+        begins with the learning of the precisions or the release of pathways; ``warm_start`` and
+        ``partial_fit``, where each call counts as an epoch, go on where it was.
     curvature : {"auto", "exact", "rademacher", "monte_carlo"}, default="auto"
         How the Hessian of the outputs enters the curvature: exactly, by all of its K − 1 columns;
         by random combinations of them with signs ±1; or by labels drawn from the model, which is
@@ -164,9 +167,10 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         Return to the state of the best figure seen if the last one is worse.
     batch_size : int or "auto", default="auto"
         Rows of one step, and of one pass in prediction. "auto": 128; of less than 1000 images so
-        many that an epoch has eight batches, but not less than 16; up to 64 images all at once.
-        With batches of 128, digits were recognised by 45 to 76 % after a fit to 120, and by 60 to
-        90 % with batches of 16.
+        many that an epoch has eight batches, or of about 16 if those would be smaller, but up to
+        64 images all at once; in prediction 128. With batches of 128, digits were recognised by
+        45 to 76 % after a fit to 120, and by 60 to 90 % with batches of 16 (all pathways together
+        from the beginning).
     lr : float, default=None
         Learning rate of the weights. None: 0.01 for "adam" and "sgd", 0.1 for "kfac". Where the
         evidence presses down a pathway that the symmetric start began without, Adam's rate falls
@@ -238,8 +242,12 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
     symmetry_trials_ : dict of str to float
         Log likelihood of the held-out fifth for each observation, in nats, at the end of the trial
         of each group ("p1": shifts alone), and of all pathways ("joint") where some have no
-        symmetry. The highest group has begun, or all if they led by more than 0.8 nats. Empty
-        without trials.
+        symmetry. Empty without trials.
+    start_ : {"symmetric", "joint"}
+        What training began with in the end: with the best group of the trials, or with all
+        pathways, if they led by more than 0.35 times the entropy of the labels, if they alone
+        predicted better than the frequencies of the labels, or if the symmetry had then learnt
+        next to nothing.
     scores_ : ndarray
         Log marginal likelihood at each evaluation, in nats.
     history_ : dict of ndarray
@@ -317,7 +325,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         "hyper_solver": [StrOptions(set(HYPER_SOLVERS))],
         "hyper_steps": [Interval(Integral, 1, None, closed="left")],
         "hyper_lr": [Interval(Real, 0, None, closed="neither"), None],
-        "hyper_warmup": [Interval(Real, 0, 1, closed="both")],
+        "hyper_warmup": [Interval(Integral, 0, None, closed="left")],
         "curvature": [StrOptions({"auto", *COLUMNS})],
         "curvature_samples": [Interval(Integral, 1, None, closed="left")],
         "curvature_subset": [Interval(Integral, 1, None, closed="left"), None],
@@ -361,7 +369,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         hyper_solver="fixed_point",
         hyper_steps=5,
         hyper_lr=None,
-        hyper_warmup=0.25,
+        hyper_warmup=100,
         curvature="auto",
         curvature_samples=1,
         curvature_subset=None,
@@ -450,7 +458,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             Class labels, numbers or strings.
         sample_weight : array-like of shape (n,), default=None
             How many observations each row stands for. Weights are counts: their sum is N in the
-            prior and in the evidence, so weights that sum to 1 mean a single observation.
+            prior and in the evidence, so weights that sum to 1 mean a single observation. A row of
+            weight 2 makes the same batches as one row does, so that it comes to the same as two
+            equal rows to the last digits only where all rows are one batch (``batch_size``).
 
         Returns
         -------
@@ -482,8 +492,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
         N is the weight of all chunks so far, so a second pass over the same rows counts them
         again; the evidence is that of the present chunk, scaled up to N. Standardisation is that
-        of the first chunk. After a warm-up of five calls the learning rate stays constant; burn-in
-        and evidence count calls as epochs.
+        of the first chunk. After a warm-up of five calls the learning rate stays constant; burn-in,
+        evidence and ``hyper_warmup`` count calls as epochs.
 
         Parameters
         ----------
@@ -514,6 +524,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             net = previous
             if net is None or not net.course.endless:
                 net = self._build_net(data, previous, endless=True)
+            net.batch_size = batch_rows(self.batch_size, len(data))
         self._train(net, data)
         return self
 
@@ -638,6 +649,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         losses = [row["train_loss"] for row in net.history if "train_loss" in row]
         self.n_iter_, self.loss_curve_ = len(losses), np.array(losses)
         self.n_observations_ = data.n_observations
+        self.start_ = net.course.start.name
         self.history_ = _evaluations(net)
         self.log_marginal_likelihood_value_ = evidence
         self.evidence_linear_term_ = linear_term

@@ -65,8 +65,9 @@ class LaplaceEvidence:
     charges : dict of str to float, optional
         How many times the log determinant of a tensor counts in the ascent; 1 where it has no
         entry. The evidence itself always counts it once.
-    share : float, default=1.0
-        What all charges are multiplied by, while their weight is still growing.
+    log_det_weight : float, default=1.0
+        What all charges are multiplied by, and the slope in the lengthscales, while the weight of
+        the log determinants is still growing.
     slopes : dict of str to float, optional
         ∂ log p(D | w*) / ∂ log ω by the name of each map with a lengthscale.
     factors : dict of str to Kronecker, optional
@@ -78,7 +79,7 @@ class LaplaceEvidence:
     squared_norms: dict[str, float]
     index: dict[str, int]
     charges: Mapping[str, float] = field(default_factory=dict)
-    share: float = 1.0
+    log_det_weight: float = 1.0
     slopes: Mapping[str, float] = field(default_factory=dict)
     factors: Mapping[str, Kronecker] = field(default_factory=dict)
 
@@ -130,13 +131,17 @@ class LaplaceEvidence:
         return 0.5 * (gamma - log_precision.exp() * squares)  # Eq. gradient
 
     def lengthscale_gradient(self, log_precision: torch.Tensor) -> dict[str, float]:
-        """∂ log q / ∂ log ω of each map with a lengthscale, activations held fixed in log det."""
+        """∂ log q / ∂ log ω of each map with a lengthscale, activations held fixed in log det.
+
+        Log determinants count as far as they have come to count for the precisions. Charges are
+        about the precisions alone.
+        """
         gradient = {}
         for name, slope in self.slopes.items():
             tensor = f"{name}.weight"
             precision = log_precision[self.index[tensor]].exp()
             log_det_slope = self.spectra[tensor].log_det_slope(precision).item()
-            gradient[name] = slope - 0.5 * log_det_slope  # Eq. gradient in ω
+            gradient[name] = slope - 0.5 * self.log_det_weight * log_det_slope  # Eq. gradient in ω
         return gradient
 
     # Of the tensors in use, in the order of ``spectra``; many steps ask for them.
@@ -151,7 +156,7 @@ class LaplaceEvidence:
 
     @cached_property
     def _charges(self) -> torch.Tensor:
-        charges = [self.share * self.charges.get(name, 1.0) for name in self.spectra]
+        charges = [self.log_det_weight * self.charges.get(name, 1.0) for name in self.spectra]
         return torch.tensor(charges, dtype=torch.float64)
 
     def _of_each(

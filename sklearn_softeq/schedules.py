@@ -183,10 +183,13 @@ class JointStart:
 
     Attributes
     ----------
+    name : str
+        Its key in ``STARTS``.
     scale : str
         Factor of the sums of pathways, a key of ``networks.SCALES``.
     """
 
+    name: ClassVar[str] = "joint"
     scale: ClassVar[str] = "sqrt"
 
     def again(self) -> "JointStart":
@@ -261,6 +264,7 @@ class SymmetricStart:
     patience: int = 3
     released: dict[str, float] = field(default_factory=dict)
     low: dict[str, int] = field(default_factory=dict)
+    name: ClassVar[str] = "symmetric"
     scale: ClassVar[str] = "symmetric"
 
     def again(self) -> "SymmetricStart":
@@ -364,7 +368,7 @@ class SymmetricStart:
 
 Start = JointStart | SymmetricStart
 
-STARTS: dict[str, type[Start]] = {"joint": JointStart, "symmetric": SymmetricStart}
+STARTS: dict[str, type[Start]] = {kind.name: kind for kind in (JointStart, SymmetricStart)}
 
 
 def restart_jointly(

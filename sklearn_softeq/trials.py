@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 from skorch.callbacks import Callback
 
@@ -12,7 +13,7 @@ from .schedules import LearningRate
 from .states import WeightMean
 from .training import DivergedError, SoftEquivariantNet
 
-__all__ = ["HELD_OUT", "JOINT_MARGIN", "N_TRIALS", "Trial", "best_symmetry"]
+__all__ = ["FEWEST_HELD", "HELD_OUT", "JOINT_MARGIN", "N_TRIALS", "Trial", "best_symmetry"]
 
 #: One row of so many judges the trials; it comes back when they are over. After 20 epochs the mean
 #: log likelihoods of 200 rows by quarter turns and by shifts alone differed by up to 1.3 nats, in
@@ -21,13 +22,16 @@ __all__ = ["HELD_OUT", "JOINT_MARGIN", "N_TRIALS", "Trial", "best_symmetry"]
 #: are ahead after 20 epochs on most tasks: it takes 40 to compare with them.
 HELD_OUT = 5
 
+#: Rows below which nothing is judged. The deviation of one row's log likelihood is about a nat.
+FEWEST_HELD = 5
+
 #: Random starts of each symmetry of several. A network of a few channels may learn nothing for
 #: twenty epochs from a bad one, and its symmetry would be judged by that.
 N_TRIALS = 3
 
-#: Nats per observation, on average, by which all pathways together have to predict better than each
-#: symmetry if training is to begin with them (docs/design/sums.md).
-JOINT_MARGIN = 0.8
+#: Part of the entropy of the labels by which all pathways together have to predict better than each
+#: symmetry if training is to begin with them: 0.8 nats of ten classes (docs/design/sums.md).
+JOINT_MARGIN = 0.35
 
 
 class Trial(Callback):
@@ -91,7 +95,8 @@ def best_symmetry(
     Returns
     -------
     group : PointGroup or None
-        The best; None only if it is so by :data:`JOINT_MARGIN`.
+        The best; None only if it is so by :data:`JOINT_MARGIN`, or if it alone predicts better
+        than the frequencies of the labels.
     net : SoftEquivariantNet
         Its best net, after the trial.
     scores : dict of str to float
@@ -110,22 +115,52 @@ def best_symmetry(
     """
     scores: dict[str, float] = {}
     best: tuple[PointGroup | None, SoftEquivariantNet] | None = None
-    n_trials = N_TRIALS if sum(group is not None for group in groups) > 1 else 1
+    several = sum(group is not None for group in groups) > 1
     for group in groups:
-        started = []
-        for number in range(1 if group is None else n_trials):
-            trial = Trial(rate(), held)
-            started.append((trial, build(group, number, trial)))
-            _train(started[-1][1], kept)
-        trial, net = max(started, key=lambda one: one[0].score)
-        if trial.score > -math.inf:
-            _train(net, kept)
-        margin = JOINT_MARGIN if group is None else 0.0
-        if best is None or trial.score > max(scores.values()) + margin:
+        n_starts = N_TRIALS if several and group is not None else 1
+        trial, net = _best_start(partial(build, group), n_starts, rate, kept, held)
+        if best is None or (
+            trial.score > max(scores.values())
+            if group is not None
+            else _leads(trial.score, max(scores.values()), _constant(net, held))
+        ):
             best = group, net
         scores["joint" if group is None else group.name] = trial.score
     assert best is not None
     return *best, scores
+
+
+def _best_start(
+    build: Callable[[int, Trial], SoftEquivariantNet],
+    n_starts: int,
+    rate: Callable[[], LearningRate],
+    kept: TrainingData,
+    held: TrainingData,
+) -> tuple[Trial, SoftEquivariantNet]:
+    """The best of some random starts, which goes on for as long again, and its trial."""
+    best: tuple[Trial, SoftEquivariantNet] | None = None
+    for number in range(n_starts):
+        trial = Trial(rate(), held)
+        net = build(number, trial)
+        _train(net, kept)
+        if best is None or trial.score > best[0].score:  # the others are let go at once
+            best = trial, net
+    assert best is not None
+    trial, net = best
+    if trial.score > -math.inf:
+        _train(net, kept)
+    return trial, net
+
+
+def _constant(net: SoftEquivariantNet, held: TrainingData) -> float:
+    """Mean log likelihood of the frequencies of the labels, in nats."""
+    total = net.criterion_.constant_log_likelihood(held.targets, held.weights)
+    return total / held.weights.sum().item()
+
+
+def _leads(joint: float, symmetric: float, constant: float) -> bool:
+    """Whether all pathways together are so far ahead that training begins with them."""
+    return joint - symmetric > -JOINT_MARGIN * constant or symmetric <= constant < joint
 
 
 def _train(net: SoftEquivariantNet, data: TrainingData) -> None:

@@ -59,7 +59,7 @@ def net_of(
     subset=None,
     evidence_seed=0,
     lengthscales=None,
-    warm_up=0.0,
+    ramp=0.0,
     schedule="constant",
     lr=0.01,
     optimizer="adam",
@@ -79,7 +79,7 @@ def net_of(
     if evidence is None:
         solver = solver or FixedPointSolver()
         how = partial(plan, n_sketches, subset)
-        seen = (burn_in, every, how, evidence_seed, lengthscales, warm_up)
+        seen = (burn_in, every, how, evidence_seed, lengthscales, ramp)
         evidence = EvidenceStep(solver, steps, *seen)
     start = STARTS[start]() if isinstance(start, str) else start
     rate = LearningRate(schedule, lr, max_epochs)

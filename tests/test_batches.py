@@ -20,8 +20,9 @@ def numbered(n):
     [(1, 64), (64, 64), (65, 16), (120, 16), (128, 16), (250, 32), (1000, 125), (1024, 128)],
 )
 def test_rows_of_a_batch(n, expected):
-    assert batch_rows(n) == expected
-    assert batch_rows(60_000) == 128
+    assert batch_rows("auto", n) == expected
+    assert batch_rows("auto", 60_000) == 128
+    assert batch_rows(np.int64(7), n) == 7
 
 
 @pytest.mark.parametrize(("n", "size", "parts"), [(10, 4, 3), (12, 4, 3), (7, 6, 2), (9, 1, 9)])
@@ -139,6 +140,18 @@ def test_fewer_different_rows_than_one_in_so_many_are_not_split():
     rows = torch.arange(4).repeat_interleave(3)
     assert four._rows(rows).split(5, generator) is None
     assert four._rows(torch.zeros(6, dtype=torch.long)).split(5, generator) is None
+
+
+def test_as_many_rows_are_held_out_as_are_asked_for_or_none():
+    data = numbered(24)
+    data = replace(data, targets=torch.arange(24) % 3)
+    for fewest, expected in ((4, (20, 4)), (5, None)):
+        found = data.split(5, torch.Generator().manual_seed(3), fewest)
+        if expected is None:
+            assert found is None
+        else:
+            assert found is not None
+            assert len(found[1]) >= fewest
 
 
 def test_rows_held_out_follow_the_generator():

@@ -59,48 +59,48 @@ def test_epochs_of_the_evidence(burn_in, every, expected):
 
 
 @pytest.mark.parametrize(
-    ("warm_up", "expected"),
+    ("ramp", "expected"),
     [(0.0, [1, 1, 1, 1]), (0.5, [1, 1, 1, 1]), (8.0, [0.5, 1, 1, 1]), (16.0, [0.25, 0.5, 0.75, 1])],
 )
-def test_share_of_the_log_determinants(warm_up, expected):
-    step = EvidenceStep(FixedPointSolver(), 1, 3, 4, EXACT, 0, warm_up=warm_up)
-    assert [step.share(epoch) for epoch in (3, 7, 11, 15)] == expected
-    step.warm_from = -np.inf
-    assert step.share(3) == 1.0
+def test_weight_of_the_log_determinants(ramp, expected):
+    step = EvidenceStep(FixedPointSolver(), 1, 3, 4, EXACT, 0, ramp=ramp)
+    assert [step.log_det_weight(epoch) for epoch in (3, 7, 11, 15)] == expected
+    step.ramp_from = 7
+    assert [step.log_det_weight(epoch) for epoch in (3, 7)] == [float(ramp == 0.0)] * 2
 
 
-def shares():
+def log_det_weights():
     """Those of all objectives that hyper steps are taken on, from here on."""
     found = []
 
     class Solver(FixedPointSolver):
         def step(self, objective, log_precision):
-            found.append(objective.share)
+            found.append(objective.log_det_weight)
             return super().step(objective, log_precision)
 
     return found, Solver()
 
 
-def test_hyper_steps_are_taken_with_the_share_of_their_epoch_and_fully_in_the_end():
-    found, solver = shares()
+def test_hyper_steps_are_taken_with_the_weight_of_their_epoch_and_fully_in_the_end():
+    found, solver = log_det_weights()
     options = {"solver": solver, "steps": 1, "burn_in": 1, "every": 1}
-    net_of(**options, warm_up=4.0, max_epochs=6).partial_fit(data_of())
+    net_of(**options, ramp=4.0, max_epochs=6).partial_fit(data_of())
     assert found == [0.25, 0.5, 0.75, 1, 1, 1, 1]
     found.clear()
-    net_of(**options, warm_up=40.0, max_epochs=2).partial_fit(data_of())
+    net_of(**options, ramp=40.0, max_epochs=2).partial_fit(data_of())
     assert found == [1 / 40, 2 / 40, 1]
 
 
-def test_the_share_begins_anew_at_the_release():
-    found, solver = shares()
+def test_the_ramp_begins_anew_at_the_release():
+    found, solver = log_det_weights()
     options = {"solver": solver, "steps": 1, "burn_in": 3, "every": 1}
-    net = net_of(start="symmetric", warm_up=4.0, max_epochs=8, **options).partial_fit(data_of())
+    net = net_of(start="symmetric", ramp=4.0, max_epochs=8, **options).partial_fit(data_of())
     assert not net.course.holding
     assert found == [0.25, 0.25, 0.5, 0.75, 1, 1, 1]
 
 
 def test_nothing_is_concluded_before_the_log_determinants_count_fully():
-    """Evidences fall from the first one on; training ends so long after the warm-up."""
+    """Evidences fall from the first one on; training ends so long after the ramp."""
 
     class Worse(Callback):
         def on_epoch_end(self, net, **kwargs):
@@ -108,13 +108,13 @@ def test_nothing_is_concluded_before_the_log_determinants_count_fully():
                 net.history.record("log_marginal_likelihood", -1e3 * len(net.history))
                 kept.append(net.course.best)
 
-    for warm_up, n_epochs in ((0.0, 4), (5.0, 8)):
+    for ramp, n_epochs in ((0.0, 4), (5.0, 8)):
         kept = []
-        net = net_of(burn_in=1, every=1, warm_up=warm_up, max_epochs=20, patience=3)
+        net = net_of(burn_in=1, every=1, ramp=ramp, max_epochs=20, patience=3)
         net.callbacks_.insert(1, ("worse", Worse()))
         net.partial_fit(data_of())
         assert len(net.history) == n_epochs
-        assert [best is None for best in kept] == [i < max(warm_up, 1) for i in range(n_epochs)]
+        assert [best is None for best in kept] == [i < max(ramp, 1) for i in range(n_epochs)]
 
 
 def evaluated(seed, n_epochs=0, n_sketches=1):
@@ -733,7 +733,7 @@ class Script(EvidenceStep):
         self.final = values[-1] if final is None else final
         self.dimensions = dimensions or {}
 
-    def evaluate(self, net, keep=False):
+    def evaluate(self, net, final=False):
         return Scripted(self.final, {}, {}, net.prior_.index)
 
     def on_epoch_end(self, net, **kwargs):
@@ -800,9 +800,9 @@ class Idle(Scripted):
 def test_what_idles_in_the_end_goes_unless_the_evidence_falls(fall, goes, monkeypatch):
     data, looks = data_of(), []
 
-    def evaluate(self, net, keep=False):
+    def evaluate(self, net, final=False, keep=False):
         on = net.module_.blocks[0].enabled["factored_fc"]
-        looks.append((on, keep))
+        looks.append((on, final or keep))
         return Idle(5.0 if on else 5.0 - fall, {}, {}, net.prior_.index)
 
     monkeypatch.setattr(Script, "evaluate", evaluate)
@@ -824,6 +824,7 @@ def test_what_idles_in_the_end_goes_unless_the_evidence_falls(fall, goes, monkey
 def test_without_evidence_the_log_joint_is_the_figure():
     data, record = data_of(), Record()
     settings = {"steps": 0, "burn_in": 1, "every": 3, "max_epochs": 8, "lr": 0.05}
+    settings["ramp"] = 100.0  # where no precision is learned there is none
     net = net_of(**settings, callbacks=[("record", record)])
     net.partial_fit(data)
     losses = net.history[:, "train_loss"]

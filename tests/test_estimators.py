@@ -42,7 +42,7 @@ from sklearn_softeq.kronecker import spectra
 from sklearn_softeq.layers import PATHWAYS
 from sklearn_softeq.marginal_likelihood import LaplaceEvidence
 from sklearn_softeq.schedules import WARM_UP, JointStart, SymmetricStart
-from sklearn_softeq.trials import HELD_OUT, Trial
+from sklearn_softeq.trials import FEWEST_HELD, HELD_OUT, Trial
 
 FAST = {"max_epochs": 60, "width": 4, "lr": 0.02, "batch_size": 128, "random_state": 0}
 
@@ -363,7 +363,7 @@ def test_warning_at_the_cap_and_none_when_converged(digits):
     [
         {"start": "joint"},
         {"hyper_solver": "adam", "hyper_steps": 20},
-        {"hyper_warmup": 0.0},
+        {"hyper_warmup": 0},
         {"batch_size": "auto"},
         {"optimizer": "sgd", "lr": 0.1},
         {"lr_schedule": "cosine"},
@@ -834,6 +834,7 @@ def test_all_pathways_begin_where_they_are_far_ahead(digits, joint, monkeypatch)
     assert list(clf.symmetry_trials_) == ["p4", "p1", "joint"]
     start = clf.net_.course.start
     assert isinstance(start, JointStart if joint else SymmetricStart)
+    assert clf.start_ == ("joint" if joint else "symmetric")
     assert not np.isposinf(clf.prior_precision_).any()  # nothing is removed in so few epochs
     clf.set_params(warm_start=True).fit(*digits)
     assert type(clf.net_.course.start) is type(start)
@@ -845,7 +846,7 @@ def test_all_pathways_begin_where_they_are_far_ahead(digits, joint, monkeypatch)
         ({"start": "joint"}, 150),
         ({"pathways": ("p4_conv",)}, 150),
         ({"pathways": ("fc", "factored_fc")}, 150),
-        ({}, HELD_OUT - 1),
+        ({}, HELD_OUT * FEWEST_HELD - 1),
     ],
     ids=str,
 )
@@ -858,11 +859,11 @@ def test_no_trials_without_a_choice(digits, changed, n_rows):
 
 
 def test_trials_see_a_weight_as_repetitions_and_equal_rows_as_one(digits):
-    images, labels = digits[0][:4], [0, 1, 0, 1]
+    images, labels = digits[0][:20], np.arange(20) % 2
     clf = SoftEquivariantClassifier(**SEVERAL)
-    assert clf.fit(images, labels, sample_weight=[2] * 4).symmetry_trials_ == {}
+    assert clf.fit(images, labels, sample_weight=[2] * 20).symmetry_trials_ == {}
     assert clf.fit(np.repeat(images, 2, 0), np.repeat(labels, 2)).symmetry_trials_ == {}
-    clf.fit(np.repeat(images[:1], 8, 0), [0, 1] * 4)
+    clf.fit(np.repeat(images[:1], 40, 0), [0, 1] * 20)
     assert clf.symmetry_trials_ == {}
 
 
@@ -921,20 +922,48 @@ def test_warm_start(digits):
         clf.set_params(**{name: before})
 
 
-def test_the_warm_up_of_the_hyper_steps_is_over_after_a_fit_and_goes_on_chunk_by_chunk(digits):
-    def warm_from(clf):
-        return clf.net_.course.evidence.warm_from
+def log_det_weight(clf, epoch):
+    return clf.net_.course.evidence.log_det_weight(epoch)
 
-    clf = SoftEquivariantClassifier(**FAST, hyper_warmup=0.5, warm_start=True)
-    for _ in range(2):
-        assert warm_from(clf.fit(*digits)) == -np.inf
-        assert clf.net_.course.evidence.warm_up == 30
-    assert warm_from(clf.partial_fit(*digits)) == -np.inf
-    clf = SoftEquivariantClassifier(**{**FAST, "burn_in": 3, "evidence_every": 2})
+
+def test_hyper_warmup_counts_epochs_up_to_a_quarter_of_all(digits):
+    # Released in epoch 5 after the trials.
+    for warmup, expected in ((10, [0.0, 0.5, 1.0]), (100, [0.0, 1 / 3, 2 / 3]), (0, [1.0] * 3)):
+        clf = SoftEquivariantClassifier(**FAST, hyper_warmup=warmup).fit(*digits)
+        assert [log_det_weight(clf, epoch) for epoch in (5, 10, 15)] == expected
+
+
+def test_hyper_warmup_goes_on_where_it_was(digits):
+    clf = SoftEquivariantClassifier(**FAST, warm_start=True).fit(*digits)
+    n = clf.n_iter_
+    assert log_det_weight(clf.fit(*digits), 0) == 1.0  # it was over
+    assert log_det_weight(clf.partial_fit(*digits), n + 1) == 1.0
+    clf = SoftEquivariantClassifier(**{**FAST, "burn_in": 3, "evidence_every": 2}, warm_start=True)
     for _ in range(6):
         clf.partial_fit(*digits, classes=[0, 1, 2])
-    assert warm_from(clf) == 3  # the release
-    assert clf.net_.course.evidence.share(len(clf.net_.history)) == 3 / 15
+    assert log_det_weight(clf, 6) == 0.03  # 3 of 100 calls since the release
+    assert log_det_weight(clf.fit(*digits), 7) == 0.1
+
+
+def test_hyper_warmup_is_still_to_come_after_a_fit_that_ended_in_the_burn_in(digits):
+    class Stopper(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            raise KeyboardInterrupt
+
+    clf = SoftEquivariantClassifier(
+        **FAST, pathways="conv", warm_start=True, callbacks=[Stopper()]
+    ).fit(*digits)
+    assert (clf.prior_precision_ == 1.0).all()
+    clf.set_params(callbacks=None).fit(*digits)
+    assert log_det_weight(clf, clf.burn_in) < 0.5
+
+
+def test_batches_are_of_the_size_of_each_chunk(digits):
+    images, labels = digits
+    clf = SoftEquivariantClassifier(**{**FAST, "batch_size": "auto"})
+    for n, n_batches in ((10, 1), (130, 8), (64, 1)):
+        clf.partial_fit(images[:n], labels[:n], classes=[0, 1, 2])
+        assert clf.net_.history[-1]["train_batch_count"] == n_batches
 
 
 def test_one_symmetry_and_all_pathways_together_have_a_trial(digits):
@@ -1071,7 +1100,7 @@ def test_permutation_importance(fitted, digits):
         ({"pathways": ()}, "one or more different names"),
         ({"pathways": ("conv", "conv")}, "one or more different names"),
         ({"hyper_solver": "newton"}, "'hyper_solver' parameter .* must be a str among"),
-        ({"hyper_warmup": 1.5}, "'hyper_warmup' parameter .* in the range"),
+        ({"hyper_warmup": -1}, "'hyper_warmup' parameter .* in the range"),
         ({"batch_size": "large"}, "'batch_size' parameter"),
         ({"architecture": "resnet50"}, "'architecture' parameter .* must be a str among"),
         ({"anchor_fraction": 0}, "'anchor_fraction' parameter .* must be a float in the range"),
@@ -1230,13 +1259,6 @@ def test_fits_in_threads(fitted, digits):
     with ThreadPoolExecutor(3) as pool:
         for proba in pool.map(fit, range(3)):
             np.testing.assert_array_equal(proba, fitted.predict_proba(digits[0]))
-
-
-def test_a_plateau_is_measured_after_the_release_only(digits):
-    images, labels = (part[:60] for part in digits)
-    clf = SoftEquivariantClassifier(width=4, learn_prior=False, random_state=0)
-    clf.fit(images, labels)
-    assert clf.loss_curve_[-1] < clf.loss_curve_[19]
 
 
 # what the package exists for

@@ -271,7 +271,7 @@ def test_sum_of_a_group_network_is_that_of_its_slow_pathways(lifted):
 
 
 @pytest.mark.parametrize("axes", [(P1, P4M), (P4M, P4M)], ids=["lifted", "oriented"])
-def test_convolutions_of_a_sum_are_one_unless_they_are_hooked(axes, monkeypatch):
+def test_convolutions_of_a_sum_are_one(axes, monkeypatch):
     kinds = ("p4_conv", "conv", "sparse_fc", "p4m_conv", "sparse_conv")
     layer, inputs = layer_of(kinds, axes, (4, 4), (2, 2))
     calls, conv2d = [], torch.nn.functional.conv2d
@@ -285,11 +285,36 @@ def test_convolutions_of_a_sum_are_one_unless_they_are_hooked(axes, monkeypatch)
     parameters = list(layer.parameters())
     found, wanted = (torch.autograd.grad(of, parameters) for of in (loss, expected))
     torch.testing.assert_close(found, wanted)
-    seen = []
-    with layer.get_submodule("conv").register_forward_hook(lambda *args: seen.append("conv")):
-        torch.testing.assert_close(layer(inputs).square().sum(), expected)
-    assert seen == ["conv"]
-    assert len(calls) == 7
+
+
+HOOKS = {
+    "forward": lambda module, seen: module.register_forward_hook(lambda *args: seen.append(args)),
+    "forward pre": lambda module, seen: module.register_forward_pre_hook(
+        lambda *args: seen.append(args)
+    ),
+    "backward": lambda module, seen: module.register_full_backward_hook(
+        lambda *args: seen.append(args)
+    ),
+    "backward pre": lambda module, seen: module.register_full_backward_pre_hook(
+        lambda *args: seen.append(args)
+    ),
+    "global": lambda module, seen: torch.nn.modules.module.register_module_forward_hook(
+        lambda *args: seen.append(args)
+    ),
+}
+
+
+@pytest.mark.parametrize("kinds", [("conv",), ("p4_conv", "conv", "sparse_fc")], ids=str)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_of_a_convolution_are_called(hook, kinds):
+    layer, inputs = layer_of(kinds, (P4, P4), (4, 4), (2, 2))
+    expected, seen = layer(inputs), []
+    conv = layer.get_submodule("conv")
+    with HOOKS[hook](conv, seen):
+        found = layer(inputs)
+        found.sum().backward()
+    torch.testing.assert_close(found, expected)
+    assert sum(module is conv for module, *_ in seen) == 1
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,9 @@ def test_gradient_against_central_differences(case, total, charge):
     expected = setting.slopes(total)
     agree(found, expected)
     agree(objective.slopes, {name: [fit, 0.0] for name, (fit, _) in expected.items()})
+    # While the weight of the log determinants grows it counts here, too.
+    part = replace(objective, log_det_weight=0.3).lengthscale_gradient(setting.log_precision)
+    agree(part, {name: [fit, 0.3 * log_det] for name, (fit, log_det) in expected.items()})
     for name, layer in maps_of(setting.network).items():
         assert (min(map(abs, expected[name])) > 1e-3) == (layer.interpolation.matrix.numel() > 1)
 

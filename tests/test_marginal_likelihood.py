@@ -166,10 +166,10 @@ def test_tensors_that_are_not_in_use_count_for_nothing():
     assert objective.gradient(prior.log_precision)[i] == 0
 
 
-def test_a_share_multiplies_all_charges():
+def test_the_weight_of_the_log_determinants_multiplies_all_charges():
     plain, prior, _ = objective_of(BY_NAME["all"])
     charges = {"blocks.0.fc.weight": 2.0}
-    part = replace(plain, charges=charges, share=0.3)
+    part = replace(plain, charges=charges, log_det_weight=0.3)
     at = torch.randn(len(prior.index), dtype=torch.float64)
     assert part.evidence(at) == plain.evidence(at)
     charges = {name: 0.3 * charges.get(name, 1.0) for name in plain.spectra}

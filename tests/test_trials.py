@@ -60,8 +60,10 @@ def test_a_trial_of_one_epoch_has_a_score():
 
 def test_rates_are_those_of_the_schedule():
     record = Record()
-    trial_net(Trial(rate(), data_of(n=7)), record=record).partial_fit(data_of())
+    net = trial_net(Trial(rate(), data_of(n=7)), record=record).partial_fit(data_of())
     assert record.rates == pytest.approx([0.004, 0.008, 0.012, 0.016, *[0.02] * 4])
+    net.partial_fit(data_of())  # the second half is not a new beginning
+    assert record.rates[EPOCHS:] == pytest.approx([0.02] * EPOCHS)
 
 
 def parts():
@@ -120,18 +122,33 @@ def test_the_best_symmetry_goes_on(scores, best, number, monkeypatch):
         }[group]
 
 
-@pytest.mark.parametrize(("lead", "best"), [(0.9, P1), (1.1, None)])
-def test_all_together_need_a_margin(lead, best, monkeypatch):
-    joint = -4.0 + lead * JOINT_MARGIN
-    given_scores(monkeypatch, [-6.0, -4.0, -3.0, joint])  # a lone symmetry has one trial
+@pytest.mark.parametrize(
+    ("symmetric", "lead", "best"),
+    [
+        # In units of the entropy of the labels and of the margin.
+        (-0.8, 0.9, P1),
+        (-0.8, 1.1, None),
+        (-1.01, 0.1, None),  # the symmetry knows nothing, all together do
+        (-1.01, 0.01, P1),  # neither knows anything
+        (-0.99, 0.9, P1),
+    ],
+)
+def test_all_together_need_a_margin(symmetric, lead, best, monkeypatch):
+    kept, held = parts()
+    counts = torch.bincount(held.targets, held.weights)
+    shares = counts[counts > 0] / counts.sum()
+    entropy = -(shares * shares.log()).sum().item()
+    symmetric = symmetric * entropy
+    joint = symmetric + lead * JOINT_MARGIN * entropy
+    given_scores(monkeypatch, [-6.0, symmetric, -3.0, joint])  # a lone symmetry has one start
 
     def build(group, number, trial):
         return trial_net(trial, group=group, pathways=PATHWAYS)
 
-    group, net, found = best_symmetry(build, (P1, None), rate, *parts())
+    group, net, found = best_symmetry(build, (P1, None), rate, kept, held)
     assert group is best
     assert len(net.history) == 2 * EPOCHS
-    assert found == {"p1": -4.0, "joint": joint}
+    assert found == {"p1": symmetric, "joint": joint}
 
 
 def test_a_trial_that_diverges_is_the_worst():

@@ -29,6 +29,11 @@ class Conv(SharedLinear, Pathway):
         Weights for each pair of channels; default: one for each tap.
     n_filters : int, optional
         Rows of the weight; default: one for each output channel.
+
+    Notes
+    -----
+    Convolutions of one layer are computed as one, from their ``filters`` and ``biases``
+    (:func:`sum_of_convolutions`): a subclass says what it does by these, not by ``forward``.
     """
 
     group = P1

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..groups import P1, POINT_GROUPS, PointGroup
 from .contract import Grid, LayerSpec, Pathway, rounding
@@ -169,8 +170,9 @@ class PathwaySum(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         assert any(self.enabled.values()), "a layer needs a pathway"
         rolled, paths = self._rolled(inputs), list(self._on.values())
-        # A convolution that is hooked is called by itself.
-        convs = [path for path in paths if isinstance(path, Conv) and not _hooked(path)]
+        # A convolution that somebody watches is called by itself.
+        convs = [path for path in paths if isinstance(path, Conv) and not _watched(path)]
+        convs = convs if len(convs) > 1 else []
         found = [sum_of_convolutions(convs, rolled)] if convs else []
         for path in paths:
             if path not in convs:
@@ -180,8 +182,15 @@ class PathwaySum(nn.Module):
         return total if self.scale == 1.0 else total * self.scale  # spares a pass over the features
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _watched(module: nn.Module) -> bool:
+    """Whether a hook would see a call of this module; torch asks itself the same."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
 
 
 def keep_largest_grid(inputs: torch.Tensor, stride: Grid) -> torch.Tensor:
