@@ -1274,6 +1274,26 @@ def test_few_images():
         assert clf.score(X[rows[120:]], y[rows[120:]]) > 0.8
 
 
+def left_or_right(n, seed):
+    """A patch of noise in the left or in the right half, which no convolution can tell."""
+    rng = np.random.default_rng(seed)
+    images, labels = 0.3 * rng.normal(size=(n, 8, 8)), np.arange(n) % 2
+    for image, label in zip(images, labels, strict=True):
+        row, column = rng.integers(6), 4 * label + rng.integers(2)
+        image[row : row + 3, column : column + 3] += rng.normal(size=(3, 3))
+    return images.astype(np.float32), labels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_two_classes_that_a_convolution_cannot_tell(seed):
+    """What a lead is hangs on the number of classes: of two, chance is at −.69 nats."""
+    clf = SoftEquivariantClassifier(width=4, max_epochs=100, random_state=seed)
+    clf.fit(*left_or_right(100, seed))
+    assert clf.start_ == "joint"
+    assert clf.score(*left_or_right(1000, 99)) > 0.85
+
+
 @pytest.mark.slow
 def test_digits_accuracy():
     X, y = load_digits(return_X_y=True)
