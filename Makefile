@@ -5,10 +5,13 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= examples/demo.py
 PYTEST_ARGS ?=
+WORKERS ?= logical
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 INSTALL := $(PIP) install -c constraints.txt
+# One process for each processor; a test keeps to one thread.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-all coverage lint format docs bench rivals clean
@@ -29,10 +32,10 @@ demo: env ## fit a small task and show which symmetry was learned
 	$(BIN)/python $(DEMO)
 
 test: env ## the quick tests
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: env ## every test, the quick and the slow
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 coverage: env ## the quick tests, with the lines that they do not reach
 	$(BIN)/coverage run -m pytest -m "not slow" $(PYTEST_ARGS)

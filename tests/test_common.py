@@ -31,7 +31,7 @@ def names(lines):
 
 
 #: 63 checks fit more than a hundred times; one slow test has the default budget.
-SHORT = {"max_epochs": 60, "evidence_every": 15}
+SHORT = {"max_epochs": 30, "evidence_every": 10}
 
 
 def test_check_estimator():
