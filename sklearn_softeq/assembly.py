@@ -70,7 +70,9 @@ class Assembly:
         if not parts:
             start = self._start()
             return {}, self._begun(start, self._course(start, self.burn_in, True, endless))
-        group, tried, scores = best_symmetry(self._trial, groups, self._rate, *parts)
+        group, tried, scores = best_symmetry(
+            self._trial, groups, self._rate, *parts, self._doublings
+        )
         if self.clf.verbose and joined(self.data.inputs.device).rank == 0:
             found = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
             print(f"trials, log likelihood of held-out rows: {found} nats per observation")
@@ -97,6 +99,11 @@ class Assembly:
     def burn_in(self) -> int:
         """Epochs of a symmetry alone."""
         return min(self.clf.burn_in, self._half)
+
+    @property
+    def _doublings(self) -> int:
+        """How often a trial may double without taking longer than half of the training."""
+        return max(self._half // (2 * self.burn_in), 1).bit_length() - 1
 
     @property
     def _half(self) -> int:

@@ -33,7 +33,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
 from skorch.callbacks import Callback, LRScheduler
 
-from sklearn_softeq import SoftEquivariantClassifier, course, networks, trials
+from sklearn_softeq import SoftEquivariantClassifier, assembly, course, networks, trials
 from sklearn_softeq.curvature import kronecker_factors
 from sklearn_softeq.datasets import load_digit_tasks
 from sklearn_softeq.groups import GROUPS
@@ -792,6 +792,25 @@ def test_training_goes_on_from_the_best_symmetry(digits, optimizer, capsys):
     found = f"p4 {scores['p4']:.3f}, p1 {scores['p1']:.3f} nats per observation"
     assert f"trials, log likelihood of held-out rows: {found}\n" in capsys.readouterr().out
     np.testing.assert_array_equal(again.predict_proba(images), clf.predict_proba(images))
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "burn_in", "doublings"),
+    [(400, 20, 2), (160, 20, 1), (159, 20, 0), (12, 4, 0), (3, 20, 0), (1, 1, 0)],
+)
+def test_trials_take_no_longer_than_half_of_the_training(
+    digits, max_epochs, burn_in, doublings, monkeypatch
+):
+    class Reached(Exception):
+        pass
+
+    def given(*args):
+        raise Reached(args[-1])
+
+    monkeypatch.setattr(assembly, "best_symmetry", given)
+    options = {**SEVERAL, "max_epochs": max_epochs, "burn_in": burn_in}
+    with pytest.raises(Reached, match=f"^{doublings}$"):
+        SoftEquivariantClassifier(**options).fit(*digits)
 
 
 @pytest.mark.parametrize("best", ["p4", "p1"])

@@ -10,6 +10,7 @@ import torch
 from nets import Record, data_of, net_of, weights_of
 from skorch.callbacks import Callback
 
+from sklearn_softeq import trials
 from sklearn_softeq.groups import P1, P4, PM
 from sklearn_softeq.schedules import LearningRate, SymmetricStart
 from sklearn_softeq.trials import HELD_OUT, JOINT_MARGIN, N_TRIALS, Trial, best_symmetry
@@ -135,9 +136,7 @@ def test_the_best_symmetry_goes_on(scores, best, number, monkeypatch):
 )
 def test_all_together_need_a_margin(symmetric, lead, best, monkeypatch):
     kept, held = parts()
-    counts = torch.bincount(held.targets, held.weights)
-    shares = counts[counts > 0] / counts.sum()
-    entropy = -(shares * shares.log()).sum().item()
+    entropy = entropy_of(held)
     symmetric = symmetric * entropy
     joint = symmetric + lead * JOINT_MARGIN * entropy
     given_scores(monkeypatch, [-6.0, symmetric, -3.0, joint])  # a lone symmetry has one start
@@ -151,11 +150,58 @@ def test_all_together_need_a_margin(symmetric, lead, best, monkeypatch):
     assert found == {"p1": symmetric, "joint": joint}
 
 
-def test_a_trial_that_diverges_is_the_worst():
-    trials = []
+def entropy_of(data):
+    counts = torch.bincount(data.targets, data.weights)
+    shares = counts[counts > 0] / counts.sum()
+    return -(shares * shares.log()).sum().item()
+
+
+@pytest.mark.parametrize(
+    ("groups", "doublings", "after", "length", "best"),
+    [
+        ((P4, P1), 2, (-0.49, -0.9, -9.0), 2, P4),
+        ((P4, P1), 0, (-0.8, -0.9, -9.0), 2, P4),
+        ((P4, P1), 1, (-0.8, -0.9, -9.0), 4, P1),
+        ((P4, P1), 2, (-0.8, -0.9, -9.0), 8, P4),
+        ((P4, P1), 5, (-0.8, -0.9, -9.0), 8, P4),  # then it is known
+        ((P4, P1, None), 1, (-0.8, -0.9, -0.6), 4, P1),
+        ((P4, P1, None), 2, (-0.8, -0.9, -0.4), 2, None),  # all together lead by enough
+        ((P1, None), 2, (-0.8, -0.6, -9.0), 2, P1),  # there is nothing to choose
+    ],
+)
+def test_trials_go_on_until_something_is_known(groups, doublings, after, length, best, monkeypatch):
+    kept, held = parts()
+    entropy = entropy_of(held)
+    scores = {P4: {2: after[0], 4: -0.7, 8: -0.4}, P1: {2: after[1], 4: -0.6, 8: -0.6}}
+    scores[None] = {2: after[2]}
+    nets = {}
+
+    def score(self, net, **kwargs):
+        group = next(group for group, (_, trial) in nets.items() if trial is self)
+        self.score = entropy * scores[group].get(len(net.history) // EPOCHS, -1.0)
 
     def build(group, number, trial):
-        trials.append(trial)
+        net = trial_net(trial, group=group, pathways=PATHWAYS)
+        nets[group] = net, trial
+        return net
+
+    monkeypatch.setattr(trials, "N_TRIALS", 1)
+    monkeypatch.setattr(Trial, "on_train_end", score)
+    group, net, found = best_symmetry(build, groups, rate, kept, held, doublings)
+    assert group is best
+    assert net is nets[best][0]
+    lengths = {group: len(net.history) // EPOCHS for group, (net, _) in nets.items()}
+    assert lengths == {group: 2 if group is None else length for group in groups}
+    names = {P4: "p4", P1: "p1", None: "joint"}
+    expected = {names[group]: entropy * scores[group][lengths[group]] for group in groups}
+    assert found == expected
+
+
+def test_a_trial_that_diverges_is_the_worst():
+    nets = []
+
+    def build(group, number, trial):
+        nets.append(trial)
         net = trial_net(trial, group=group, pathways=PATHWAYS)
         if group == P4:
             for parameter in net.module_.parameters():
@@ -166,7 +212,7 @@ def test_a_trial_that_diverges_is_the_worst():
     assert group == P1
     assert found["p4"] == -math.inf
     assert math.isfinite(found["p1"])
-    assert len(trials) == 2 * N_TRIALS
+    assert len(nets) == 2 * N_TRIALS
 
 
 def test_a_trial_that_diverges_later_is_the_worst():
