@@ -35,7 +35,7 @@ SHORT = {"max_epochs": 30, "evidence_every": 10}
 
 
 def test_check_estimator():
-    assert statuses(SoftEquivariantClassifier(**SHORT)) == set()
+    assert statuses(SoftEquivariantClassifier(**SHORT, width=4)) == set()
 
 
 @pytest.mark.slow

@@ -303,8 +303,7 @@ def test_named_augmentation(digits):
 
 
 def test_what_was_chosen_stands_in_the_history(digits, capsys):
-    settings = {"max_epochs": 30, "random_state": 0, "verbose": 1}
-    clf = SoftEquivariantClassifier(**settings).fit(*digits)
+    clf = SoftEquivariantClassifier(**SHORT, verbose=1).fit(*digits)
     n = len(digits[1])
     assert set(clf.history_["curvature"]) == {"exact"}
     assert set(clf.history_["curvature_rows"]) == {n}
@@ -318,7 +317,7 @@ def test_what_was_chosen_stands_in_the_history(digits, capsys):
 
 
 def test_the_last_evidence_sees_all_rows(digits):
-    settings = {"max_epochs": 40, "lr_schedule": "constant", "random_state": 0}
+    settings = {**FAST, "max_epochs": 40, "lr_schedule": "constant"}
     subset = {"curvature": "exact", "curvature_subset": 20}
     clf = SoftEquivariantClassifier(**settings, **subset, keep_best=False).fit(*digits)
     evidences = []
@@ -351,7 +350,8 @@ def test_output_is_silent_unless_asked(digits, capsys):
 def test_warning_at_the_cap_and_none_when_converged(digits):
     with pytest.warns(ConvergenceWarning, match="max_epochs=8"):
         SoftEquivariantClassifier(width=2, max_epochs=8, tol=0, random_state=0).fit(*digits)
-    clf = SoftEquivariantClassifier(width=2, max_epochs=400, tol=5.0, random_state=0)
+    settled = {**FAST, "width": 2, "max_epochs": 400, "hyper_warmup": 0}
+    clf = SoftEquivariantClassifier(**settled, tol=5.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         clf.fit(*digits)
@@ -1068,7 +1068,7 @@ def test_search_over_symmetries(digits):
 def test_cross_validation_beside_others(digits):
     images, labels = digits
     rows = images.reshape(150, -1)
-    classifier = SoftEquivariantClassifier(**{**FAST, "batch_size": 32})
+    classifier = SoftEquivariantClassifier(**{**FAST, "max_epochs": 40, "batch_size": 32})
     ours = cross_val_score(classifier, images[:, None], labels, cv=3)
     for rival in (MLPClassifier(max_iter=300, random_state=0), RandomForestClassifier()):
         theirs = cross_val_score(rival, rows, labels, cv=3)

@@ -114,6 +114,7 @@ def same(found, expected, **tolerance):
                 "optimizer": "kfac",
                 "verbose": 1,
             },
+            marks=pytest.mark.slow,
             id="sketch",
         ),
         pytest.param(
