@@ -95,6 +95,10 @@ class Assembly:
         net.course.rate.rewarm(len(net.history))
         return net
 
+    def resumed(self, start: Start, holding: bool, endless: bool) -> SoftEquivariantNet:
+        """A net as it was built for a start, with random weights, and without any trial."""
+        return self._begun(start, self._course(start, self.burn_in, holding, endless))
+
     @property
     def burn_in(self) -> int:
         """Epochs of a symmetry alone."""
@@ -238,6 +242,7 @@ class Assembly:
             module__dtype=self.data.inputs.dtype,
             **{f"optimizer__{name}": value for name, value in optimizer.settings.items()},
         )
+        net.origin = clf.get_params(deep=False), self.seeds
         return net.initialize()
 
 

@@ -15,6 +15,7 @@ from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
+from ._version import __version__
 from .assembly import Assembly, Seeds
 from .batches import AUGMENTATIONS, BATCH_ROWS, TrainingData, batch_rows
 from .budget import rows_of_a_pass
@@ -23,6 +24,7 @@ from .groups import GROUPS
 from .layers import PATHWAYS
 from .marginal_likelihood import HYPER_SOLVERS
 from .networks import ACTIVATIONS, ARCHITECTURES
+from .persistence import check_version, packed, unpacked
 from .predictive import log_odds, map_outputs
 from .processes import alone, joined
 from .schedules import LR_SCHEDULES, STARTS
@@ -46,6 +48,7 @@ from .validation import (
     check_same_shape,
     check_weights,
     encode,
+    present_device,
     resolve_device,
     resolve_image_shape,
 )
@@ -442,6 +445,27 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
     def __sklearn_is_fitted__(self):
         return "net_" in vars(self)
+
+    def __getstate__(self):
+        """Plain values, arrays and parameters; nothing of torch's or skorch's."""
+        state = super().__getstate__().copy()
+        if self.__sklearn_is_fitted__():
+            state["net_"] = packed(self.net_)
+            state["device_"] = str(self.device_)
+        if "simplification_" in state:
+            state["simplification_"] = dict(state["simplification_"])
+        return {**state, "_sklearn_softeq_version": __version__}
+
+    def __setstate__(self, state):
+        state = dict(state)
+        check_version(state.pop("_sklearn_softeq_version", "unknown"), type(self).__name__)
+        net = state.pop("net_", None)
+        super().__setstate__(state)
+        if net is not None:
+            self.device_ = present_device(state["device_"], self.device)
+            self.net_ = unpacked(net, self)
+        if "simplification_" in state:
+            self.simplification_ = Bunch(**state["simplification_"])
 
     @property
     def module_(self):

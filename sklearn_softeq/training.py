@@ -97,6 +97,7 @@ class SoftEquivariantNet(NeuralNet):
 
     processes_ = ALONE  # but for the time of training
     compiled_: Callable | None = None
+    origin: tuple[dict[str, Any], tuple]  #: parameters and seeds of the estimator it was built for
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ __all__ = [
     "check_same_shape",
     "check_weights",
     "encode",
+    "present_device",
     "resolve_device",
     "resolve_image_shape",
 ]
@@ -319,3 +320,19 @@ def resolve_device(device: str | torch.device) -> torch.device:
         )
         return torch.device("cpu")
     return own_device(resolved)
+
+
+def present_device(used: str, asked: str | torch.device) -> torch.device:
+    """The device that a loaded model computes on: as before, or if it is not here as asked for.
+
+    Parameters
+    ----------
+    used : str
+        The device before.
+    asked : str or torch.device
+        As in :func:`resolve_device`.
+    """
+    before = torch.device(used)
+    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gone = before.type == "cuda" and (before.index or 0) >= n_cuda
+    return resolve_device(asked if gone else before)

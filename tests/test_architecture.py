@@ -54,6 +54,7 @@ ORDER = (
     # surface
     "simplification",
     "assembly",
+    "persistence",
     "estimators",
     "display",
 )

@@ -1,0 +1,158 @@
+"""A trained net as plain numbers: arrays, strings and dictionaries, and back.
+
+So a fitted estimator can be saved by whatever saves arrays, is no larger than its weights and a few
+kilobytes, and holds no class of skorch's or torch's that a loader would have to trust.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from ._version import __version__
+from .assembly import Assembly, Seeds
+from .batches import TrainingData
+from .groups import P1, POINT_GROUPS
+from .schedules import JointStart, LearningRate, Start, SymmetricStart
+from .training import SoftEquivariantNet
+
+__all__ = ["check_version", "packed", "unpacked"]
+
+_GROUPS = {group.name: group for group in (P1, *POINT_GROUPS.values())}
+
+
+def packed(net: SoftEquivariantNet) -> dict[str, Any]:
+    """All that predictions and further training need of a net between two calls of ``fit``.
+
+    The moments of the optimizers and the losses of single batches are left out.
+    """
+    settings, seeds = net.origin
+    course = net.course
+    states = (net.iterator_train__random_state, net.iterator_train__augment_state)
+    return {
+        "settings": dict(settings),
+        "seeds": list(seeds),
+        "dtype": str(next(net.module_.parameters()).dtype).removeprefix("torch."),
+        "network": {
+            name: value.cpu().numpy() if isinstance(value, torch.Tensor) else value
+            for name, value in net.module_.state_dict().items()
+        },
+        "log_precision": net.prior_.log_precision.cpu().numpy(),
+        "history": _columns(net.history),
+        "course": {
+            "start": _plain_start(course.start),
+            "rate": asdict(course.rate),
+            "holding": course.holding,
+            "endless": course.endless,
+            "converged": course.converged,
+            "capped": course.capped,
+            "ramp": course.evidence.ramp,
+            "ramp_from": course.evidence.ramp_from,
+        },
+        "random_states": [state.get_state(legacy=False) for state in states],
+    }
+
+
+def unpacked(state: Mapping[str, Any], clf: Any) -> SoftEquivariantNet:
+    """The net again.
+
+    Parameters
+    ----------
+    state : dict
+        As from :func:`packed`.
+    clf : SoftEquivariantClassifier
+        Its classes, image shape and device count, not its parameters: these may have been changed
+        since the net was trained.
+    """
+    owner = type(clf)(**state["settings"])
+    for name in ("classes_", "image_shape_", "device_"):
+        setattr(owner, name, getattr(clf, name))
+    inputs = torch.empty(0, *clf.image_shape_, dtype=getattr(torch, state["dtype"]))
+    no_rows = TrainingData(inputs, torch.empty(0), torch.empty(0), clf.n_observations_)
+    course = state["course"]
+    net = Assembly(owner, no_rows, Seeds(*state["seeds"])).resumed(
+        _start(course["start"]), course["holding"], course["endless"]
+    )
+    net.discard(
+        (layer, name)
+        for layer, block in net.module_.layers.items()
+        for name in set(block.pathways) - set(_extra(state, layer)["enabled"])
+    )
+    net.module_.load_state_dict(
+        {
+            # A copy: what is loaded may be a file that was mapped to be read.
+            name: torch.tensor(value) if isinstance(value, np.ndarray) else value
+            for name, value in state["network"].items()
+        }
+    )
+    net.prior_.log_precision.copy_(torch.tensor(state["log_precision"]))
+    net.history_.extend(_rows(state["history"]))
+    net.course.rate = LearningRate(**course["rate"])
+    if net.course.endless:  # the moments of the optimizer have to be found again
+        net.course.rate.rewarm(len(net.history))
+    net.course.converged, net.course.capped = course["converged"], course["capped"]
+    net.course.evidence.ramp = course["ramp"]
+    net.course.evidence.ramp_from = course["ramp_from"]
+    for name, found in zip(("random", "augment"), state["random_states"], strict=True):
+        getattr(net, f"iterator_train__{name}_state").set_state(found)
+    return net
+
+
+def check_version(found: str, name: str) -> None:
+    """Say so if a model was saved by another version.
+
+    Warns
+    -----
+    UserWarning
+        With both versions.
+    """
+    if found != __version__:
+        warnings.warn(
+            f"This {name} was saved by sklearn_softeq {found} and is loaded by {__version__}. "
+            "Predictions may differ; fit it again, or load it with the version that saved it.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _extra(state: Mapping[str, Any], layer: str) -> dict[str, Any]:
+    return state["network"][f"{layer}._extra_state"]
+
+
+def _plain_start(start: Start) -> dict[str, Any] | None:
+    if isinstance(start, JointStart):
+        return None
+    group = None if start.group is None else start.group.name
+    return {"group": group, "released": dict(start.released), "low": dict(start.low)}
+
+
+def _start(found: Mapping[str, Any] | None) -> Start:
+    if found is None:
+        return JointStart()
+    group = _GROUPS.get(found["group"])
+    return SymmetricStart(group, released=dict(found["released"]), low=dict(found["low"]))
+
+
+def _columns(history: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of the epochs by name, with the rows that have them; not those of batches."""
+    rows = list(history)
+    names = dict.fromkeys(name for row in rows for name in row if name != "batches")
+    places = {name: [i for i, row in enumerate(rows) if name in row] for name in names}
+    return {
+        "n_epochs": len(rows),
+        "figures": {
+            name: (np.array(where), np.array([rows[i][name] for i in where]))
+            for name, where in places.items()
+        },
+    }
+
+
+def _rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [{"batches": []} for _ in range(columns["n_epochs"])]
+    for name, (where, values) in columns["figures"].items():
+        for i, value in zip(where.tolist(), values.tolist(), strict=True):
+            rows[i][name] = value
+    return rows
