@@ -386,7 +386,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         batch_size="auto",
         lr=None,
         lr_schedule="cooldown",
-        optimizer="adam",
+        optimizer="kfac",
         augment=None,
         amp=None,
         compile=False,

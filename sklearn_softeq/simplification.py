@@ -27,7 +27,7 @@ def simplified(clf: Any, X, threshold: float, tol: float) -> Any:
         raise ValueError(f"threshold={threshold} and tol={tol} have to be finite numbers.")
     places = _idle(clf, threshold)
     removed = [(clf.layer_names_[i], clf.pathway_names_[j]) for i, j in places]
-    simple = copy.deepcopy(clf)
+    simple = _twin(clf)
     simple.net_.discard(removed)
     _take_out(places, simple)
     (before, slow), (after, fast) = (_timed(c.predict_proba, X) for c in (clf, simple))
@@ -43,6 +43,13 @@ def simplified(clf: Any, X, threshold: float, tol: float) -> Any:
         removed=removed, change=change, n_weights=n_weights, seconds=(slow, fast)
     )
     return simple
+
+
+def _twin(clf: Any) -> Any:
+    """A deep copy with the moments of the optimizer, which ``copy`` leaves out as a pickle does."""
+    twin = object.__new__(type(clf))
+    vars(twin).update(copy.deepcopy(vars(clf)))
+    return twin
 
 
 def _idle(clf: Any, threshold: float) -> list[tuple[int, int]]:
