@@ -64,6 +64,7 @@ def measure(shape, settings, options):
         def run(epochs):
             fitted[learn_prior] = SoftEquivariantClassifier(
                 start="joint",
+                optimizer="adam",  # as in the bare loop
                 width=options.width,
                 max_epochs=epochs,
                 burn_in=1,

@@ -103,6 +103,7 @@ class Case:
             burn_in=EVERY,
             max_epochs=self.epochs,
             n_iter_no_change=self.epochs,
+            optimizer="adam",  # as in the bare loop
             lr=LR,
             lr_schedule="constant",
             batch_size=BATCH,

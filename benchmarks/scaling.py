@@ -207,6 +207,7 @@ def fit_times() -> dict[str, float]:
     clf = SoftEquivariantClassifier(
         width=DEFAULT.width,
         start="joint",
+        optimizer="adam",
         curvature="rademacher",
         burn_in=EVERY,
         evidence_every=EVERY,

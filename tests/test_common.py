@@ -63,7 +63,7 @@ SUMS = [
 OTHERS = [
     {"start": "joint"},
     {"learn_prior": False},
-    {"optimizer": "kfac"},
+    {"optimizer": "adam"},
     {"architecture": "resnet", "width": 4},
     {
         "pathways": ("conv", "sparse_conv", "sparse_fc"),

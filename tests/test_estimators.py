@@ -424,7 +424,8 @@ def test_each_pathway_alone(digits, pathway):
     assert clf.layer_names_ == ["blocks.0", "blocks.1"]
     assert clf.pathway_names_ == [pathway]
     np.testing.assert_array_equal(clf.symmetry_, 1)
-    assert clf.log_marginal_likelihood_value_ > clf.scores_[0]
+    # The best state from epoch 30 on, when the log determinants have come to count fully.
+    assert clf.log_marginal_likelihood_value_ > clf.scores_[2:].max() - 1
 
 
 @pytest.mark.parametrize("start", ["symmetric", "joint"])
@@ -531,8 +532,8 @@ def test_lengthscales_travel_with_the_model(digits):
     again.set_params(learn_lengthscale=False, max_epochs=3).fit(images, labels)
     kept = {name: before[name] for name in again.lengthscales_by_name_}
     assert again.lengthscales_by_name_ == kept
-    clf.set_params(max_epochs=8, burn_in=1, evidence_every=1).fit(images, labels)
-    assert clf.lengthscales_by_name_ != before
+    clf.set_params(max_epochs=8, burn_in=1, evidence_every=1, keep_best=False)
+    assert clf.fit(images, labels).lengthscales_by_name_ != before
 
 
 def test_partial_fit_learns_lengthscales(digits, monkeypatch):
@@ -741,7 +742,7 @@ def test_balanced_class_weight_is_a_sample_weight(digits):
 
 def test_partial_fit(digits):
     images, labels = digits
-    clf = SoftEquivariantClassifier(width=4, lr=0.02, burn_in=30, random_state=0)
+    clf = SoftEquivariantClassifier(width=4, burn_in=30, random_state=0)
     with pytest.raises(ValueError, match="classes must be passed on the first call"):
         clf.partial_fit(images, labels)
     for _ in range(40):
@@ -948,8 +949,9 @@ def log_det_weight(clf, epoch):
     return clf.net_.course.evidence.log_det_weight(epoch)
 
 
-def test_hyper_warmup_counts_epochs_up_to_a_quarter_of_all(digits):
+def test_hyper_warmup_counts_epochs_up_to_a_quarter_of_all(digits, monkeypatch):
     # Released in epoch 5 after the trials.
+    monkeypatch.setattr(trials, "JOINT_MARGIN", np.inf)
     for warmup, expected in ((10, [0.0, 0.5, 1.0]), (100, [0.0, 1 / 3, 2 / 3]), (0, [1.0] * 3)):
         clf = SoftEquivariantClassifier(**FAST, hyper_warmup=warmup).fit(*digits)
         assert [log_det_weight(clf, epoch) for epoch in (5, 10, 15)] == expected
@@ -1031,7 +1033,7 @@ def test_a_scheduler_of_the_user_has_the_rate(digits):
     options = {"lr_schedule": "constant", "max_epochs": 16, "burn_in": 4, "evidence_every": 2}
     options["batch_size"] = len(digits[0])
     SoftEquivariantClassifier(**FAST | options, callbacks=[halves, Rates()]).fit(*digits)
-    assert seen == [[0.02 * 0.5**epoch] for epoch in range(16)]
+    assert seen == [[0.1 * 0.5**epoch] for epoch in range(16)]
 
 
 def test_a_fit_keeps_no_second_copy_of_its_weights(fitted):

@@ -129,7 +129,7 @@ def test_the_best_symmetry_goes_on(scores, best, number, monkeypatch):
         # In units of the entropy of the labels and of the margin.
         (-0.8, 0.9, P1),
         (-0.8, 1.1, None),
-        (-1.01, 0.1, None),  # the symmetry knows nothing, all together do
+        (-1.001, 0.1, None),  # the symmetry knows nothing, all together do
         (-1.01, 0.01, P1),  # neither knows anything
         (-0.99, 0.9, P1),
     ],
@@ -164,7 +164,7 @@ def entropy_of(data):
         ((P4, P1), 1, (-0.8, -0.9, -9.0), 4, P1),
         ((P4, P1), 2, (-0.8, -0.9, -9.0), 8, P4),
         ((P4, P1), 5, (-0.8, -0.9, -9.0), 8, P4),  # then it is known
-        ((P4, P1, None), 1, (-0.8, -0.9, -0.6), 4, P1),
+        ((P4, P1, None), 1, (-0.8, -0.9, -0.76), 4, P1),
         ((P4, P1, None), 2, (-0.8, -0.9, -0.4), 2, None),  # all together lead by enough
         ((P1, None), 2, (-0.8, -0.6, -9.0), 2, P1),  # there is nothing to choose
     ],
