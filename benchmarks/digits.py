@@ -2,18 +2,20 @@
 
 Part a: five-fold cross-validation on the 8×8 digits, beside classifiers of scikit-learn in the
 same run. Part b: the tasks "digit" and "quadrant" with the equivariant pathway alone, the free one
-alone, and their sum. Every result is written as soon as it is there; a further run leaves out
-those that are present.
+alone, and their sum. Part c: what ``simplify`` makes of the sum on "digit", and the time that
+predictions take with all pathways on, as fitted and simplified, three seeds. Every result is written
+as soon as it is there; a further run leaves out those that are present.
 
-    python benchmarks/digits.py [--part a|b] [--max-epochs N] [--output PATH]
+    python benchmarks/digits.py [--part a|b|c] [--max-epochs N] [--output PATH]
 """
 
 import argparse
+import copy
 import time
 from pathlib import Path
 
 import numpy as np
-from harness import Results, print_table
+from harness import Results, print_table, timed_rounds
 from sklearn.datasets import load_digits
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import log_loss
@@ -28,6 +30,8 @@ from sklearn_softeq.layers import PATHWAYS
 OUTPUT = Path(__file__).with_suffix(".json")
 N_FOLDS = 5
 N_TRAIN = 1200
+SEEDS = range(3)
+N_ROUNDS = 40
 MODELS = (("conv",), ("factored_fc",), ("conv", "factored_fc"))
 
 
@@ -35,7 +39,7 @@ def ours(max_epochs, **parameters):
     """The classifier with default parameters but for these."""
     if max_epochs is not None:
         parameters["max_epochs"] = max_epochs
-    return SoftEquivariantClassifier(random_state=0, **parameters)
+    return SoftEquivariantClassifier(**{"random_state": 0, **parameters})
 
 
 def timed_fit(clf, X, y):
@@ -125,6 +129,51 @@ def task_result(clf, data):
     }
 
 
+def part_c(results, max_epochs):
+    """What is left of the sum of a symmetric task when its idle pathways are taken out."""
+    rows = []
+    for seed in SEEDS:
+        key = result_key("c", "digit", f"seed {seed}", _cap(max_epochs))
+        result = results.get(key, lambda seed=seed: simplified(max_epochs, seed))
+        before, after = result["n_weights"]
+        everything, fitted, simple = (1000 * result[name] for name in TIMES)
+        rows.append(
+            (
+                str(seed),
+                f"{result['accuracy']:.3f}",
+                f"{before} → {after}",
+                f"{100 * (1 - after / before):.0f} %",
+                f"{result['change']:.1g}",
+                *(f"{time:.0f} ms" for time in (everything, fitted, simple)),
+            )
+        )
+    head = ("seed", "accuracy", "weights", "less", "change of a probability", "all on")
+    print_table((*head, "as fitted", "simplified"), rows)
+
+
+TIMES = ("all_on", "fitted", "simple")
+
+
+def simplified(max_epochs, seed):
+    """Weights and the time of predictions before and after."""
+    data = load_digit_tasks(task="digit", n_train=N_TRAIN, random_state=seed)
+    clf = ours(max_epochs, random_state=seed).fit(data.X_train, data.y_train)
+    everything, simple = copy.deepcopy(clf), clf.simplify(data.X_test)
+    for layer in everything.module_.layers.values():
+        layer.enabled = dict.fromkeys(layer.enabled, True)
+    steps = {
+        name: lambda each=each: each.predict_proba(data.X_test)
+        for name, each in zip(TIMES, (everything, clf, simple), strict=True)
+    }
+    seconds = timed_rounds(steps, N_ROUNDS)
+    return {
+        "accuracy": clf.score(data.X_test, data.y_test),
+        "n_weights": simple.simplification_.n_weights,
+        "change": simple.simplification_.change,
+        **{name: float(np.median(found)) for name, found in seconds.items()},
+    }
+
+
 def result_key(part, *names):
     """What a result is kept under; a cap of the epochs makes it another result."""
     return ", ".join([part, *(name for name in names if name)])
@@ -134,14 +183,16 @@ def _cap(max_epochs):
     return "" if max_epochs is None else f"max_epochs={max_epochs}"
 
 
+PARTS = {"a": part_a, "b": part_b, "c": part_c}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--part", choices=("a", "b"), help="one part only (both)")
+    parser.add_argument("--part", choices=PARTS, help="one part only (all)")
     parser.add_argument("--max-epochs", type=int, help="cap of the epochs of our fits")
     parser.add_argument("--output", default=OUTPUT, help="where results go (beside this file)")
     options = parser.parse_args()
     kept = Results(options.output)
-    if options.part != "b":
-        part_a(kept, options.max_epochs)
-    if options.part != "a":
-        part_b(kept, options.max_epochs)
+    for name, part in PARTS.items():
+        if options.part in (None, name):
+            part(kept, options.max_epochs)
