@@ -2,9 +2,9 @@
 
 Part a: five-fold cross-validation on the 8×8 digits, beside classifiers of scikit-learn in the
 same run. Part b: the tasks "digit" and "quadrant" with the equivariant pathway alone, the free one
-alone, and their sum. Part c: what ``simplify`` makes of the sum on "digit", and the time that
-predictions take with all pathways on, as fitted and simplified, three seeds. Every result is written
-as soon as it is there; a further run leaves out those that are present.
+alone, and their sum. Part c: what `simplify` makes of the sum on "digit", and the time that
+predictions take with all pathways on, as fitted and simplified, three seeds. Every result is
+written as soon as it is there; a further run leaves out those that are present.
 
     python benchmarks/digits.py [--part a|b|c] [--max-epochs N] [--output PATH]
 """

@@ -37,8 +37,8 @@ FEWEST_HELD = 5
 N_TRIALS = 3
 
 #: Part of the entropy of the labels by which all pathways together have to predict better than each
-#: symmetry if training is to begin with them: 0.12 nats of ten classes, about the error of the score
-#: of two hundred rows. Where a symmetry is right it is ahead itself (docs/design/sums.md).
+#: symmetry if training is to begin with them: 0.12 nats of ten classes, about the error of the
+#: score of two hundred rows. Where a symmetry is right it is ahead itself (docs/design/sums.md).
 JOINT_MARGIN = 0.05
 
 #: Part of the entropy of the labels that the best of several symmetries has to explain before it is
