@@ -5,12 +5,9 @@ from collections.abc import Mapping
 
 import torch
 
-from .kronecker import TOGETHER, Factor, Kronecker, Root, dense
+from .kronecker import LARGEST_INVERTED, TOGETHER, Factor, Kronecker, Root, dense
 
 __all__ = ["KFAC"]
-
-#: Factors that are larger are replaced by their mean eigenvalue: an inverse takes the cube of it.
-LARGEST = 1024
 
 
 class KFAC(torch.optim.Optimizer):
@@ -162,7 +159,7 @@ def _small(factor: Factor) -> torch.Tensor:
     """A factor as a matrix, or its mean eigenvalue in each block where it is too large."""
     rows = factor.rows if isinstance(factor, Root) else factor
     size = rows.shape[-1]
-    if size <= LARGEST:
+    if size <= LARGEST_INVERTED:
         return dense(factor)
     if isinstance(factor, Root):
         trace = factor.rows.square().sum((1, 2))

@@ -12,11 +12,24 @@ import torch
 
 from .devices import full_precision
 
-__all__ = ["TOGETHER", "Factor", "Kronecker", "Root", "Spectrum", "dense", "spectra"]
+__all__ = [
+    "LARGEST_INVERTED",
+    "TOGETHER",
+    "Factor",
+    "Kronecker",
+    "Root",
+    "Spectrum",
+    "dense",
+    "spectra",
+]
 
 #: Numbers in matrices of one size that are decomposed in one call, which copies them: a larger call
 #: gains nothing.
 TOGETHER = 2**20
+
+#: Size of a factor beyond which steps of the weights make do without its inverse, which takes the
+#: cube of it.
+LARGEST_INVERTED = 1024
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from torch import nn
 
 from .anchors import Interpolation
 from .groups import P1, PointGroup, join
+from .kronecker import LARGEST_INVERTED
 from .layers import (
     FC,
     PATHWAYS,
@@ -383,14 +384,17 @@ def _check_memory(network: SoftEquivariantNetwork, itemsize: int) -> None:
     """Refuse a network whose training would not fit.
 
     Counted are weights, gradients and Adam's two moments, the curvature factors of every map
-    (twice: sums and scaled), the eigenvalues of the largest tensor in float64, and the
-    interpolations with what it takes to solve for them.
+    (twice: sums and scaled), those that K-FAC keeps with their inverses, the eigenvalues of the
+    largest tensor in float64, and the interpolations with what it takes to solve for them.
     """
     sizes = {name: tensor.numel() for name, tensor in network.named_parameters()}
     shapes = [m.weight.shape for m in network.modules() if isinstance(m, SharedLinear)]
-    factors = sum(blocks * (n_out**2 + n_in**2) for blocks, n_out, n_in in shapes)
+    sides = [(blocks, size) for blocks, *both in shapes for size in both]
+    factors = sum(blocks * size**2 for blocks, size in sides)
+    kept = sum(blocks * size**2 for blocks, size in sides if size <= LARGEST_INVERTED)
     largest = max(sizes, key=lambda name: sizes[name])
-    needed = itemsize * (4 * sum(sizes.values()) + 2 * factors) + 2 * 8 * sizes[largest]
+    needed = itemsize * (4 * sum(sizes.values()) + 2 * (factors + kept))
+    needed += 2 * 8 * sizes[largest]
     anchors = [i.matrix.shape for i in network.interpolations.values()]
     needed += sum(itemsize * m * x for m, x in anchors)
     needed += max((4 * 8 * m * (m + x) for m, x in anchors), default=0)

@@ -177,7 +177,7 @@ def test_a_change_of_gauge_changes_no_step():
 
 @pytest.mark.parametrize("as_root", [False, True])
 def test_a_large_factor_is_its_mean_eigenvalue(monkeypatch, as_root):
-    monkeypatch.setattr(kfac, "LARGEST", 3)
+    monkeypatch.setattr(kfac, "LARGEST_INVERTED", 3)
     tensor, root = weight(), torch.randn(2, 2, 4, dtype=torch.float64)
     left = Root(root) if as_root else root.transpose(1, 2) @ root
     found = Kronecker(left, matrix(2, 3, N))

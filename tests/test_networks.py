@@ -668,9 +668,12 @@ def test_memory_counts_weights_moments_factors_and_eigenvalues(monkeypatch):
     count = n_weights(build_network(**options))
     assert count == (1 + 1) + (4 + 4) + (12 + 3)
     factors = (1 + 1) + (1 + 16) + (16 + 9)
-    needed = 16 * count + 8 * factors + 16 * 12
+    needed = 16 * count + 16 * factors + 16 * 12
     match = f"{count} weights.*'head.output.weight'.*{needed} bytes"
     assert_needs(monkeypatch, needed, match, **options)
+    # Factors that K-FAC does not invert are not kept.
+    monkeypatch.setattr(networks, "LARGEST_INVERTED", 3)
+    assert_needs(monkeypatch, needed - 8 * (16 + 16), f"{needed - 8 * 32} bytes", **options)
 
 
 def test_memory_counts_interpolations_and_solving_for_them(monkeypatch):
@@ -679,7 +682,7 @@ def test_memory_counts_interpolations_and_solving_for_them(monkeypatch):
     count = n_weights(build_network(**options))
     assert count == (1 + 1 + 1) + (4 + 4) + (12 + 3)
     factors = (1 + 1) + (1 + 1) + (1 + 16) + (16 + 9)
-    needed = 16 * count + 8 * factors + 16 * 12 + 4 * (1 + 1) + 4 * 8 * 1 * (1 + 1)
+    needed = 16 * count + 16 * factors + 16 * 12 + 4 * (1 + 1) + 4 * 8 * 1 * (1 + 1)
     assert_needs(monkeypatch, needed, f"{count} weights.*{needed} bytes", **options)
 
 
