@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from skorch.callbacks import Callback
 
 from .batches import AUGMENTATIONS, Batches, TrainingData, batch_rows
 from .budget import plan_curvature
@@ -55,11 +56,14 @@ class Assembly:
         Its parameters count, with image shape, classes and device, which are known by now.
     data : TrainingData
     seeds : Seeds
+    tasks : Callback, optional
+        What is to be told about each epoch of training, not of trials.
     """
 
     clf: Any
     data: TrainingData
     seeds: Seeds
+    tasks: Callback | None = None
 
     def first(self, endless: bool) -> tuple[dict[str, float], SoftEquivariantNet]:
         """A net at its start, and the scores of the symmetries that have been tried for it."""
@@ -173,7 +177,8 @@ class Assembly:
         output = [("progress", ProgressLine())] if self.clf.verbose else []
         users = copy.deepcopy(list(self.clf.callbacks or ()))
         ours = [("evidence", course.evidence), *self._preconditioner(), *output]
-        return [*ours, ("course", course), *users]
+        told = [] if self.tasks is None else [("tasks", self.tasks)]
+        return [*ours, ("course", course), *told, *users]
 
     def _preconditioner(self) -> list:
         if self.clf.optimizer != "kfac":

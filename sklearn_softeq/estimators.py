@@ -5,7 +5,7 @@ import math
 import warnings
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from .networks import ACTIVATIONS, ARCHITECTURES
 from .persistence import check_version, packed, unpacked
 from .predictive import log_odds, map_outputs
 from .processes import alone, joined
+from .progress import CallbackSupportMixin, FitTasks
 from .schedules import LR_SCHEDULES, STARTS
 from .simplification import simplified
 from .symmetry import (
@@ -56,7 +57,7 @@ from .validation import (
 __all__ = ["SoftEquivariantClassifier"]
 
 
-class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
+class SoftEquivariantClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
     """A network on images that learns which symmetry each of its layers should keep.
 
     Every layer is a sum of pathways, some equivariant (a convolution), some free (a factored
@@ -506,11 +507,14 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         """
         previous = self.net_ if self.warm_start and self.__sklearn_is_fitted__() else None
         classes = self.classes_ if previous else None
+        tasks = self._tasks(X, y, sample_weight)
         with self._unchanged_on_error():
             data = self._shared(X, y, sample_weight, classes)
-            net = self._build_net(data, previous)
+            net = self._build_net(data, previous, tasks=tasks)
         self._train(net, data)
         self._warn_if_not_converged()
+        if tasks is not None:
+            tasks.ended()
         return self
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -568,8 +572,10 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
     def _train(self, net: SoftEquivariantNet, data: TrainingData) -> None:
         """Train and record; what fails half way must not pass for a fitted model."""
+        self.n_observations_ = data.n_observations
         try:
             net.partial_fit(data)
+            net.callbacks_ = [entry for entry in net.callbacks_ if entry[0] != "tasks"]
             self._record(net, data)
         except BaseException:
             for name in [name for name in vars(self) if name.endswith("_")]:
@@ -652,12 +658,22 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         )
         return torch.from_numpy(((images - mean) / scale).astype(dtype, copy=False))
 
-    def _build_net(self, data, previous, endless=False) -> SoftEquivariantNet:
+    def _tasks(self, X, y, sample_weight) -> FitTasks | None:
+        """What tells scikit-learn's callbacks about a fit, if there are any."""
+        if not vars(self).get("_skl_callbacks"):
+            return None
+        return FitTasks(self, X, y, sample_weight, self._so_far, self.max_epochs)
+
+    def _so_far(self, net: SoftEquivariantNet) -> dict[str, Any]:
+        """What makes a copy of the estimator predict as its net does now."""
+        return {"net_": unpacked(packed(net), self), "n_iter_": len(net.history)}
+
+    def _build_net(self, data, previous, endless=False, tasks=None) -> SoftEquivariantNet:
         """A net that is ready to train, from a random start or from a previous net."""
         seeds = check_random_state(self.random_state).randint(2**31 - 1, size=5).tolist()
         # random_state=None is another one in each process.
         seeds = Seeds(*joined(self.device_).agreed(seeds))
-        assembly = Assembly(self, data, seeds)
+        assembly = Assembly(self, data, seeds, tasks)
         if previous is not None:
             return assembly.further(previous, endless)
         self.symmetry_trials_, net = assembly.first(endless)
@@ -675,7 +691,6 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.__dict__.pop("simplification_", None)  # of what it was before
         losses = [row["train_loss"] for row in net.history if "train_loss" in row]
         self.n_iter_, self.loss_curve_ = len(losses), np.array(losses)
-        self.n_observations_ = data.n_observations
         self.start_ = net.course.start.name
         self.history_ = _evaluations(net)
         self.log_marginal_likelihood_value_ = evidence

@@ -52,6 +52,7 @@ ORDER = (
     "trials",
     "course",
     # surface
+    "progress",
     "simplification",
     "assembly",
     "persistence",
@@ -62,8 +63,8 @@ ORDER = (
 # Where a library is met; all others stay free of it.
 HOMES = {
     "matplotlib": {"display"},
-    "sklearn": {"validation", "datasets", "simplification", "estimators", "display"},
-    "skorch": {"training", "trials", "course"},
+    "sklearn": {"validation", "datasets", "progress", "simplification", "estimators", "display"},
+    "skorch": {"training", "trials", "course", "progress", "assembly"},
 }
 
 # Test modules that follow a question and not a module.
