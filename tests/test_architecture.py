@@ -57,13 +57,22 @@ ORDER = (
     "assembly",
     "persistence",
     "estimators",
+    "model_selection",
     "display",
 )
 
 # Where a library is met; all others stay free of it.
 HOMES = {
     "matplotlib": {"display"},
-    "sklearn": {"validation", "datasets", "progress", "simplification", "estimators", "display"},
+    "sklearn": {
+        "validation",
+        "datasets",
+        "progress",
+        "simplification",
+        "estimators",
+        "model_selection",
+        "display",
+    },
     "skorch": {"training", "trials", "course", "progress", "assembly"},
 }
 

@@ -10,14 +10,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sklearn_softeq import SoftEquivariantClassifier, datasets, display, estimators
+from sklearn_softeq import (
+    SoftEquivariantClassifier,
+    datasets,
+    display,
+    estimators,
+    model_selection,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MATHS = (ROOT / "docs" / "maths.md").read_text(encoding="utf-8")
 PUBLIC = {
     f"{module.__name__.partition('.')[2]}.{name}": getattr(module, name)
-    for module in (estimators, display, datasets)
+    for module in (estimators, model_selection, display, datasets)
     for name in module.__all__
 }
 
