@@ -25,7 +25,8 @@ from .layers import PATHWAYS
 from .marginal_likelihood import HYPER_SOLVERS
 from .networks import ACTIVATIONS, ARCHITECTURES
 from .persistence import check_version, packed, unpacked
-from .predictive import log_odds, map_outputs
+from .posterior import Posterior
+from .predictive import PREDICTIVES, laplace_outputs, log_odds, map_outputs
 from .processes import alone, joined
 from .schedules import LR_SCHEDULES, STARTS
 from .simplification import simplified
@@ -202,6 +203,18 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         Run the steps of the weights through ``torch.compile``: faster after minutes of
         compilation, which has to be repeated when pathways are released or removed. Curvature,
         evidence and predictions stay as they are.
+    predictive : {"map", "laplace"}, default="map"
+        What probabilities are of. "map": the network with the weights that were found. "laplace":
+        the average over the posterior of the weights that the curvature gives, of the network
+        linearised in them; probabilities are milder where the data leave weights open. ``fit``
+        then keeps that posterior, which may be several times the weights, and predicting takes a
+        backward pass for each class, and a row's memory does not grow with the batch. A classifier
+        that was fitted with "laplace" may be set to "map" and back, one that was fitted with "map"
+        has to be fitted again.
+    predictive_samples : int, default=None
+        Samples of the logits of each row that the average is taken over. None: a closed form, by
+        MacKay's approximation of the integral, which is faster and hangs on no chance. The samples
+        are the same random numbers at each call and for each row. No meaning for "map".
     class_weight : dict or "balanced", default=None
         Weights of the classes; they multiply ``sample_weight``.
     device : str or torch.device, default="auto"
@@ -292,6 +305,10 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         Share of each pathway in its layer's γ / number of weights (the paper's figure).
     output_share_ : ndarray of shape (L, P)
         Share of each pathway in the energy of its layer's output on the training data.
+    posterior_ : Posterior
+        With ``predictive="laplace"``: covariance of each weight tensor, as eigenvectors and
+        eigenvalues of its Kronecker factors. After ``partial_fit`` its curvature is that of the
+        last chunk, scaled to the weight of all chunks.
 
     References
     ----------
@@ -346,6 +363,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         "augment": [StrOptions(set(AUGMENTATIONS)), callable, None],
         "amp": [StrOptions(set(AMP_DTYPES)), None],
         "compile": ["boolean"],
+        "predictive": [StrOptions(set(PREDICTIVES))],
+        "predictive_samples": [Interval(Integral, 1, None, closed="left"), None],
         "class_weight": [dict, StrOptions({"balanced"}), None],
         "device": [str, torch.device],
         "dtype": [StrOptions({"auto", "float32", "float64"})],
@@ -390,6 +409,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         augment=None,
         amp=None,
         compile=False,
+        predictive="map",
+        predictive_samples=None,
         class_weight=None,
         device="auto",
         dtype="auto",
@@ -430,6 +451,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.augment = augment
         self.amp = amp
         self.compile = compile
+        self.predictive = predictive
+        self.predictive_samples = predictive_samples
         self.class_weight = class_weight
         self.device = device
         self.dtype = dtype
@@ -452,6 +475,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         if self.__sklearn_is_fitted__():
             state["net_"] = packed(self.net_)
             state["device_"] = str(self.device_)
+        if "posterior_" in state:
+            state["posterior_"] = self.posterior_.packed()
         if "simplification_" in state:
             state["simplification_"] = dict(state["simplification_"])
         return {**state, "_sklearn_softeq_version": __version__}
@@ -464,6 +489,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         if net is not None:
             self.device_ = present_device(state["device_"], self.device)
             self.net_ = unpacked(net, self)
+        if "posterior_" in state:
+            self.posterior_ = Posterior.unpacked(state["posterior_"]).to(self.device_)
         if "simplification_" in state:
             self.simplification_ = Bunch(**state["simplification_"])
 
@@ -567,6 +594,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
     def _train(self, net: SoftEquivariantNet, data: TrainingData) -> None:
         """Train and record; what fails half way must not pass for a fitted model."""
+        net.course.keeps_curvature = self.predictive == "laplace"
         try:
             net.partial_fit(data)
             self._record(net, data)
@@ -667,6 +695,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         log_precision = net.prior_.log_precision.cpu()
         dimensions = net.laplace_.effective_dimensions(log_precision)
         evidence = net.laplace_.evidence(log_precision).value
+        self._set_posterior(net)
         linear_term = net.linear_term_ / data.n_observations
         del net.laplace_, net.linear_term_  # the spectra have served
         network = net.module_
@@ -702,6 +731,15 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             self.effective_dimensions_, self.n_weights_, enabled_table(network)
         )
         self.output_share_ = output_shares(network, data.in_order(rows_of_a_pass(network)))
+
+    def _set_posterior(self, net: SoftEquivariantNet) -> None:
+        """Keep the posterior if predictions are to use it."""
+        self.__dict__.pop("posterior_", None)  # of an earlier fit
+        if self.predictive == "laplace":
+            dtype = next(net.module_.parameters()).dtype
+            self.posterior_ = Posterior.from_curvature(
+                net.laplace_.factors, net.prior_.precisions(), dtype
+            )
 
     def _warn_if_not_converged(self) -> None:
         if self.net_.course.capped and joined(self.device_).rank == 0:
@@ -776,9 +814,20 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         return self.classes_[codes]
 
     def _outputs(self, X) -> torch.Tensor:
+        """What the softmax of is predicted, (n, K)."""
         check_is_fitted(self)
-        n_rows = BATCH_ROWS if self.batch_size == "auto" else self.batch_size
-        return map_outputs(self.module_, self._new_images(X), n_rows)
+        if self.predictive == "map":
+            n_rows = BATCH_ROWS if self.batch_size == "auto" else self.batch_size
+            return map_outputs(self.module_, self._new_images(X), n_rows)
+        self._validate_params()  # they may have been set since the fit
+        if "posterior_" not in vars(self):
+            raise ValueError(
+                'predictive="laplace" needs the posterior of the weights, which is kept only by a '
+                'fit with it: call fit with predictive="laplace", or set predictive="map".'
+            )
+        n_classes, samples = len(self.classes_), self.predictive_samples
+        images = self._new_images(X)
+        return laplace_outputs(self.module_, self.posterior_, images, n_classes, samples)
 
     def _new_images(self, X) -> torch.Tensor:
         X, _, found = check_images(self, X, reset=False)

@@ -41,6 +41,7 @@ ORDER = (
     "curvature",
     "budget",
     "marginal_likelihood",
+    "posterior",
     "predictive",
     "symmetry",
     # learning
@@ -75,6 +76,7 @@ BLIND = {
     "curvature",
     "budget",
     "marginal_likelihood",
+    "posterior",
     "predictive",
     "symmetry",
 }
