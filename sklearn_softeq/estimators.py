@@ -365,6 +365,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         "compile": ["boolean"],
         "predictive": [StrOptions(set(PREDICTIVES))],
         "predictive_samples": [Interval(Integral, 1, None, closed="left"), None],
+        "predictive_temperature": [Interval(Real, 0, None, closed="neither")],
         "class_weight": [dict, StrOptions({"balanced"}), None],
         "device": [str, torch.device],
         "dtype": [StrOptions({"auto", "float32", "float64"})],
@@ -411,6 +412,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         compile=False,
         predictive="map",
         predictive_samples=None,
+        predictive_temperature=0.01,
         class_weight=None,
         device="auto",
         dtype="auto",
@@ -453,6 +455,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.compile = compile
         self.predictive = predictive
         self.predictive_samples = predictive_samples
+        self.predictive_temperature = predictive_temperature
         self.class_weight = class_weight
         self.device = device
         self.dtype = dtype
@@ -825,9 +828,14 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
                 'predictive="laplace" needs the posterior of the weights, which is kept only by a '
                 'fit with it: call fit with predictive="laplace", or set predictive="map".'
             )
-        n_classes, samples = len(self.classes_), self.predictive_samples
-        images = self._new_images(X)
-        return laplace_outputs(self.module_, self.posterior_, images, n_classes, samples)
+        return laplace_outputs(
+            self.module_,
+            self.posterior_,
+            self._new_images(X),
+            len(self.classes_),
+            self.predictive_samples,
+            self.predictive_temperature,
+        )
 
     def _new_images(self, X) -> torch.Tensor:
         X, _, found = check_images(self, X, reset=False)

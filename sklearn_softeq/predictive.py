@@ -49,10 +49,11 @@ def laplace_outputs(
     inputs: torch.Tensor,
     n_outputs: int,
     n_samples: int | None = None,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """Outputs whose softmax is the predictive of the linearised network, (n, K), float64.
 
-    p(y | x) = ∫ softmax(f) N(f | f*, C) df, in closed form or by samples. Batches are as in
+    p(y | x) = ∫ softmax(f) N(f | f*, T C) df, in closed form or by samples. Batches are as in
     :func:`map_outputs`, of so many rows as their sizes allow.
 
     Parameters
@@ -67,11 +68,14 @@ def laplace_outputs(
         K.
     n_samples : int, optional
         Of the logits of each row; default: the closed form of :func:`moderated`.
+    temperature : float, default=1.0
+        T, which multiplies the covariance of the weights. Towards 0 all of it is the MAP.
 
     References
     ----------
     A. Immer, M. Korzepa, M. Bauer, "Improving predictions of Bayesian neural nets via local
-    linearization", AISTATS 2021.
+    linearization", AISTATS 2021. F. Wenzel et al., "How good is the Bayes posterior in deep neural
+    networks really?", ICML 2020: the temperature.
     """
     closed = n_samples is None
     eye = torch.eye(n_outputs, dtype=torch.float64, device=next(network.parameters()).device)
@@ -81,6 +85,7 @@ def laplace_outputs(
 
     def outputs(rows: torch.Tensor) -> torch.Tensor:
         found, covariance = output_covariance(network, posterior, rows, directions, closed)
+        covariance *= temperature
         logits = found.double() @ directions
         if n_samples is None:
             return moderated(logits, covariance)
