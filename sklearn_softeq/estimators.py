@@ -204,17 +204,25 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         compilation, which has to be repeated when pathways are released or removed. Curvature,
         evidence and predictions stay as they are.
     predictive : {"map", "laplace"}, default="map"
-        What probabilities are of. "map": the network with the weights that were found. "laplace":
-        the average over the posterior of the weights that the curvature gives, of the network
-        linearised in them; probabilities are milder where the data leave weights open. ``fit``
-        then keeps that posterior, which may be several times the weights, and predicting takes a
-        backward pass for each class, and a row's memory does not grow with the batch. A classifier
-        that was fitted with "laplace" may be set to "map" and back, one that was fitted with "map"
-        has to be fitted again.
+        What the probabilities are of. "map": the network with the weights that were found.
+        "laplace": the average over the posterior of the weights, which the curvature at the end of
+        training gives, of the network linearised in them [3]_; they are milder where the data
+        leave the weights open. ``fit`` then keeps that posterior, which may be ten times as large
+        as the weights, and to predict takes a backward pass for each class. A classifier that was
+        fitted with "laplace" may be set to "map" and back; one that was fitted with "map" has to
+        be fitted again. "map" is the default since fits with learned priors were well calibrated
+        as they are, and predict faster.
     predictive_samples : int, default=None
         Samples of the logits of each row that the average is taken over. None: a closed form, by
         MacKay's approximation of the integral, which is faster and hangs on no chance. The samples
         are the same random numbers at each call and for each row. No meaning for "map".
+    predictive_temperature : float, default=0.01
+        What the covariance of the weights is multiplied by; it may be changed after the fit. 1 is
+        the posterior as the curvature has it, towards 0 all is as with "map". Posteriors of
+        networks are too wide as they are, most of all where they fit the training data closely:
+        of 0.003 to 1, 0.01 gave the lowest calibration error, and nearly the lowest NLL, on rows of
+        scikit-learn's digits that were held out of seven fits to 300. On other data try some on
+        rows that are held out. No meaning for "map".
     class_weight : dict or "balanced", default=None
         Weights of the classes; they multiply ``sample_weight``.
     device : str or torch.device, default="auto"
@@ -316,6 +324,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
        Automatically using Gradients", NeurIPS 2023, arXiv:2310.06131.
     .. [2] A. Immer, M. Bauer, V. Fortuin, G. Rätsch, M. E. Khan, "Scalable Marginal Likelihood
        Estimation for Model Selection in Deep Learning", ICML 2021.
+    .. [3] A. Immer, M. Korzepa, M. Bauer, "Improving predictions of Bayesian neural nets via local
+       linearization", AISTATS 2021.
 
     Examples
     --------
@@ -439,8 +449,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.hyper_lr = hyper_lr
         self.hyper_warmup = hyper_warmup
         self.curvature = curvature
-        self.curvature_samples = curvature_samples
-        self.curvature_subset = curvature_subset
+        self.curvature_samples, self.curvature_subset = curvature_samples, curvature_subset
         self.kfac = kfac
         self.max_epochs = max_epochs
         self.tol = tol
@@ -453,8 +462,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.augment = augment
         self.amp = amp
         self.compile = compile
-        self.predictive = predictive
-        self.predictive_samples = predictive_samples
+        self.predictive, self.predictive_samples = predictive, predictive_samples
         self.predictive_temperature = predictive_temperature
         self.class_weight = class_weight
         self.device = device
@@ -549,7 +557,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         N is the weight of all chunks so far, so a second pass over the same rows counts them
         again; the evidence is that of the present chunk, scaled up to N. Standardisation is that
         of the first chunk. After a warm-up of five calls the learning rate stays constant; burn-in,
-        evidence and ``hyper_warmup`` count calls as epochs.
+        evidence and ``hyper_warmup`` count calls as epochs. With ``predictive="laplace"`` each call
+        leaves a posterior, whose curvature is that of its chunk, scaled up to N.
 
         Parameters
         ----------
@@ -756,7 +765,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             )
 
     def decision_function(self, X):
-        """Log odds of the predicted probabilities.
+        """Log odds of the probabilities of ``predict_proba``.
 
         Parameters
         ----------
@@ -797,6 +806,11 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         -------
         ndarray of shape (n, K)
             In the order of ``classes_``.
+
+        Raises
+        ------
+        ValueError
+            With ``predictive="laplace"`` after a fit without it; all that predicts raises it.
         """
         return self._outputs(X).softmax(1).numpy()
 

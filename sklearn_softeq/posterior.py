@@ -325,8 +325,8 @@ class _Part:
             # Eq. rank one: Σ_ij q_i q'_i a_j² / (μ_i λ_j / r + δ)
             self.scale = torch.bmm(tokens.square_(), variances.transpose(1, 2))  # (B, n, d_out)
         else:
-            self.roots = variances.sqrt_()
-            self.inputs = tokens.unflatten(1, (self.n_rows, -1))  # (B, n, S, d_in)
+            self.roots = _padded(variances.sqrt_())
+            self.inputs = _padded(tokens).unflatten(1, (self.n_rows, -1))  # (B, n, S, d_in)
         self.pulled: torch.Tensor | None = None
 
     def see(self, k: int, n_pulls: int, tokens: torch.Tensor) -> None:
@@ -346,8 +346,18 @@ class _Part:
             return torch.stack([_shared(*part) for part in parts]).sum(0)
         rows = pulled[..., 0]  # (B, n, R, d_out)
         scaled = rows * self.scale[:, :, None]
-        scaled, rows = (t.permute(1, 2, 0, 3).flatten(2) for t in (scaled, rows))  # (n, R, B·d_out)
+        # (n, R, B·d_out)
+        scaled, rows = (_padded(t.permute(1, 2, 0, 3).flatten(2)) for t in (scaled, rows))
         return torch.bmm(scaled, rows.transpose(1, 2)).double()
+
+
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    """The same with zeros up to a multiple of 16 entries.
+
+    Then every row of a product begins at the same place of a vector register, and its sum is taken
+    in the same order, wherever among the others it stands.
+    """
+    return nn.functional.pad(rows, (0, -rows.shape[-1] % TILE))
 
 
 def _shared(pulled: torch.Tensor, inputs: torch.Tensor, roots: torch.Tensor) -> torch.Tensor:
