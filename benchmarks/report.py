@@ -27,6 +27,7 @@ SHORT = {
     "factors": "--rounds 1",
     "overhead": "--rounds 1 --epochs 5 --classes 10",
     "scaling": "--short",
+    "calibration": "--part a --seeds 0 --max-epochs 10",
 }
 
 

@@ -119,21 +119,23 @@ class EvidenceStep(Callback):
         """Drop the slopes: the weights that they belong to are gone."""
         self._slopes = {}
 
-    def evaluate(self, net: SoftEquivariantNet, final: bool = False) -> LaplaceEvidence:
+    def evaluate(
+        self, net: SoftEquivariantNet, final: bool = False, keep: bool = False
+    ) -> LaplaceEvidence:
         """The evidence at the present weights as a function of the precisions.
 
         In the ``final`` one of a fit log determinants count fully, as a training that was too
         short for the ramp has to end without, and it holds the curvature itself, if that is of all
-        rows.
+        rows. With ``keep`` it does in any case.
         """
         weight = 1.0 if final else self.log_det_weight(len(net.history))
         if self._traces is None:
-            return self._evaluate(net, None, self._generator(net), weight, final)
+            return self._evaluate(net, None, self._generator(net), weight, final or keep)
         traces, generator = self._traces.clone(), self._generator(net)
         net.processes_.add(traces)
         chosen = self.chosen
         sample = net.data_.sample(chosen.n_rows, traces, generator, chosen.copies)
-        return self._evaluate(net, sample, generator, weight)
+        return self._evaluate(net, sample, generator, weight, keep)
 
     @property
     def sampled(self) -> bool:
@@ -378,6 +380,9 @@ class Course(Callback):
         Whether the figure has stopped rising.
     capped : bool
         Whether the cap of epochs came first.
+    keeps_curvature : bool
+        Whether what is left on the net at the end of training holds the curvature, for a posterior
+        of the weights; False unless it is set.
     """
 
     def __init__(
@@ -399,6 +404,7 @@ class Course(Callback):
         self.endless = endless
         self.converged = False
         self.capped = False
+        self.keeps_curvature = False
         self.mean = WeightMean()
         self.best: tuple[float, State] | None = None
 
@@ -474,7 +480,9 @@ class Course(Callback):
         """Take the mean weights of the cool-down, or the best state seen, and evaluate it."""
         self.mean.load(net.enabled_tensors())
         evidence = self.evidence
-        last = evidence.evaluate(net, final=not self.endless)
+        last = evidence.evaluate(
+            net, final=not self.endless, keep=self.endless and self.keeps_curvature
+        )
         if self.endless:  # the precisions wait for the next one
             net.laplace_, net.linear_term_ = last, math.nan
             evidence.forget_data()
@@ -495,7 +503,7 @@ class Course(Callback):
         evidence.forget_data()
         log_precision = net.prior_.log_precision.cpu()
         net.linear_term_ = last.linear_term(net.log_joint_gradients(), log_precision)
-        net.laplace_ = replace(last, factors={})
+        net.laplace_ = last if self.keeps_curvature else replace(last, factors={})
 
     def _settled(self, net: SoftEquivariantNet, last: LaplaceEvidence) -> LaplaceEvidence:
         """Take out what is as good as off, if the evidence does not fall by what would count."""

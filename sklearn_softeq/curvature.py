@@ -35,6 +35,8 @@ __all__ = [
     "Likelihood",
     "input_factors",
     "kronecker_factors",
+    "pull_back",
+    "watched",
 ]
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -202,7 +204,7 @@ def kronecker_factors(
         if moving := {name: end for name, end in ends.items() if sums[name].moving}:
             score, down_to = _score(likelihood, detached, targets, weights), list(moving.values())
             visit = {name: sums[name].add_score for name in moving}
-            _pull_back(outputs, moving, score, down_to, True, visit)
+            pull_back(outputs, moving, score, down_to, True, visit)
         columns = estimator.draw(likelihood, detached, generator, len(batch[0]), own)
         _add_columns(outputs, ends, columns, root_weight, sums)
         del outputs, ends, moving  # or they stay until the next ones are there
@@ -486,24 +488,44 @@ def _forward(
     sums: "dict[str, _FactorSums]",
     new: "Callable[[str, SharedLinear, torch.Tensor], _FactorSums]",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """A forward pass that counts in the inputs of every map on its way.
+    """A forward pass that counts in the inputs of every map on its way, see :func:`watched`."""
+
+    def see(name: str, layer: SharedLinear, given: torch.Tensor) -> None:
+        if name not in sums:
+            sums[name] = new(name, layer, given)
+        sums[name].add_input(given, root_weight, len(inputs))
+
+    return watched(network, inputs, see)
+
+
+def watched(
+    network: nn.Module,
+    inputs: torch.Tensor,
+    see: Callable[[str, SharedLinear, torch.Tensor], None],
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A forward pass that shows the input of every map on its way.
 
     Weights are constants to it, so that the graph keeps what the gradients at outputs of maps need
     and nothing for those of weights.
+
+    Parameters
+    ----------
+    network : nn.Module
+    inputs : tensor of shape (n, C, H, W)
+    see : callable
+        Given the name of each map, the map and its input, in the order in which they come.
 
     Returns
     -------
     outputs : tensor of shape (n, K)
     ends : dict of str to tensor
-        The output of each map; that of a map before which there is none begins the graph.
+        The output of each map, for :func:`pull_back`; that of a map before which there is none
+        begins the graph.
     """
     ends: dict[str, torch.Tensor] = {}
 
     def hook(name: str, layer: SharedLinear, given: torch.Tensor, output: torch.Tensor):
-        given = given.detach()
-        if name not in sums:
-            sums[name] = new(name, layer, given)
-        sums[name].add_input(given, root_weight, len(inputs))
+        see(name, layer, given.detach())
         ends[name] = output if output.requires_grad else output.requires_grad_()
         return ends[name]
 
@@ -523,10 +545,10 @@ def _add_columns(
     visit = {name: sums[name].add_gradient for name in ends}
     for i, column in enumerate(columns, 1):
         weighted = column if root_weight is None else column * root_weight[:, None]
-        _pull_back(outputs, ends, weighted, first, i < len(columns), visit)
+        pull_back(outputs, ends, weighted, first, i < len(columns), visit)
 
 
-def _pull_back(
+def pull_back(
     outputs: torch.Tensor,
     ends: dict[str, torch.Tensor],
     vector: torch.Tensor,

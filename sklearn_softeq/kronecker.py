@@ -15,11 +15,13 @@ from .devices import full_precision
 __all__ = [
     "LARGEST_INVERTED",
     "TOGETHER",
+    "Eigenbasis",
     "Factor",
     "Kronecker",
     "Root",
     "Spectrum",
     "dense",
+    "eigenbasis",
     "spectra",
 ]
 
@@ -169,6 +171,62 @@ def _eigenvectors(block: Factor) -> tuple[torch.Tensor, torch.Tensor]:
         return values, rows.T @ vectors[:, there] * values.rsqrt()
     values, vectors = torch.linalg.eigh(block[0].double())
     return values.clamp_min(0.0), vectors
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenbasis:
+    """Eigenvalues and eigenvectors of each block of a factor; those left out have eigenvalue 0.
+
+    Parameters
+    ----------
+    values : tensor of shape (B, r)
+    vectors : tensor of shape (B, d, r)
+        r ≤ d columns, orthonormal. A block of lower rank than others has columns of zeros.
+    """
+
+    values: torch.Tensor
+    vectors: torch.Tensor
+
+    @property
+    def whole(self) -> bool:
+        """Whether the columns span the space."""
+        return self.vectors.shape[1] == self.vectors.shape[2]
+
+    def eigenvalues(self) -> torch.Tensor:
+        """Of each of the coordinates, (B, r), or (B, r + d) where the basis is not whole."""
+        if self.whole:
+            return self.values
+        blocks, size, _ = self.vectors.shape
+        return torch.cat([self.values, self.values.new_zeros(blocks, size)], 1)
+
+    def coordinates(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Coordinates of vectors (B, m, d) in the basis.
+
+        Where it is not whole what is orthogonal to it follows, as a vector of d entries. A small
+        rest is exact so; the difference of two squared norms would lose it.
+
+        Returns
+        -------
+        tensor of shape (B, m, r) or (B, m, r + d)
+        """
+        found = torch.bmm(tokens, self.vectors)
+        if self.whole:
+            return found
+        return torch.cat([found, tokens - torch.bmm(found, self.vectors.transpose(1, 2))], 2)
+
+
+@full_precision()
+def eigenbasis(factor: Factor) -> Eigenbasis:
+    """Eigenvalues and eigenvectors of a factor, float64; of a root only as many as its rows."""
+    if isinstance(factor, Root) and factor.rows.shape[1] >= factor.rows.shape[2]:
+        factor = factor.dense()  # it spares nothing, and blocks of less rank would lack a rest
+    found = [_eigenvectors(block) for block in _blocks(factor)]
+    rank, first = max(len(values) for values, _ in found), found[0][1]
+    size = len(first)
+    values, vectors = first.new_zeros(len(found), rank), first.new_zeros(len(found), size, rank)
+    for b, (some, columns) in enumerate(found):
+        values[b, : len(some)], vectors[b, :, : len(some)] = some, columns
+    return Eigenbasis(values, vectors)
 
 
 @full_precision()

@@ -81,6 +81,8 @@ def _take_out(places: list[tuple[int, int]], clf: Any) -> None:
         clf.effective_dimensions_, clf.n_weights_, enabled
     )
     left = dict(clf.module_.named_parameters())
+    if "posterior_" in vars(clf):
+        clf.posterior_ = clf.posterior_.keep(left)
     for name in clf.prior_precisions_by_name_.keys() - left.keys():
         clf.prior_precisions_by_name_[name] = np.inf
     lengthscales = clf.lengthscales_by_name_.items()

@@ -503,6 +503,34 @@ def ggn(network, likelihood, inputs, weights, names=None) -> tuple[Tensor, dict[
     return matrix, dict(zip(found, places, strict=True))
 
 
+# ── posterior
+
+
+def linearised_covariance(
+    network, inputs, curvature: Mapping[str, Tensor], tensors: Mapping[str, tuple[float, Tensor]]
+) -> Tensor:
+    """Σ_b J_b (H_b / r_b + δ)⁻¹ J_bᵀ of each row, (n, K, K), from dense H and (δ, r (B,))."""
+    total = torch.zeros((), dtype=torch.float64)
+    for name, jacobian in jacobians(network, inputs).items():
+        if name in curvature:
+            delta, shares = tensors[name]
+            size = jacobian.shape[2] // len(shares)
+            for b, share in enumerate(shares.tolist()):
+                here = slice(b * size, (b + 1) * size)
+                values, vectors = torch.linalg.eigh(curvature[name][here, here])
+                variances = share / (values.clamp_min(0) + share * delta)
+                sigma = (vectors * variances) @ vectors.T
+                total = total + jacobian[:, :, here] @ sigma @ jacobian[:, :, here].mT
+    return total.detach()
+
+
+def binary_predictive(mean: float, variance: float, n_points: int = 20001) -> float:
+    """∫ σ(f) N(f | mean, variance) df on a fine grid of twelve deviations each way."""
+    grid = torch.linspace(-12, 12, n_points, dtype=torch.float64)
+    density = torch.exp(-0.5 * grid**2)
+    return ((mean + variance**0.5 * grid).sigmoid() * density).sum().item() / density.sum().item()
+
+
 # ── evidence
 
 

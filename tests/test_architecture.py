@@ -41,6 +41,7 @@ ORDER = (
     "curvature",
     "budget",
     "marginal_likelihood",
+    "posterior",
     "predictive",
     "symmetry",
     # learning
@@ -85,6 +86,7 @@ BLIND = {
     "curvature",
     "budget",
     "marginal_likelihood",
+    "posterior",
     "predictive",
     "symmetry",
 }

@@ -43,6 +43,11 @@ def test_check_estimator_default():
     assert statuses(SoftEquivariantClassifier()) == set()
 
 
+@pytest.mark.slow
+def test_check_estimator_laplace():
+    assert statuses(SoftEquivariantClassifier(**SHORT, width=4, predictive="laplace")) == set()
+
+
 # Rows of f features are images of one row, for a group with quarter turns on a square canvas: f²
 # pixels, at which a network of few channels must do.
 SUMS = [

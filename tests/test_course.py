@@ -733,7 +733,7 @@ class Script(EvidenceStep):
         self.final = values[-1] if final is None else final
         self.dimensions = dimensions or {}
 
-    def evaluate(self, net, final=False):
+    def evaluate(self, net, final=False, keep=False):
         return Scripted(self.final, {}, {}, net.prior_.index)
 
     def on_epoch_end(self, net, **kwargs):

@@ -1043,14 +1043,14 @@ def test_two_classes_take_one_pass_and_one_class_none(monkeypatch):
 
 
 def test_derivatives_take_one_pass_more(monkeypatch):
-    vectors, pull_back = [], curvature._pull_back
+    vectors, pull_back = [], curvature.pull_back
 
     def counting(outputs, ends, vector, down_to, keep, visit):
         vectors.append((list(ends), vector))
         assert len(down_to) < len(ends) or list(ends.values()) == down_to
         pull_back(outputs, ends, vector, down_to, keep, visit)
 
-    monkeypatch.setattr(curvature, "_pull_back", counting)
+    monkeypatch.setattr(curvature, "pull_back", counting)
     case = BY_NAME["sparse"]
     network, batch = setting(case)
     moving(network, case.likelihood, batch)

@@ -38,7 +38,7 @@ from sklearn_softeq.curvature import kronecker_factors
 from sklearn_softeq.datasets import load_digit_tasks
 from sklearn_softeq.groups import GROUPS
 from sklearn_softeq.hyperparameters import squared_norms
-from sklearn_softeq.kronecker import spectra
+from sklearn_softeq.kronecker import dense, spectra
 from sklearn_softeq.layers import PATHWAYS
 from sklearn_softeq.marginal_likelihood import LaplaceEvidence
 from sklearn_softeq.schedules import WARM_UP, JointStart, SymmetricStart
@@ -572,6 +572,167 @@ def test_binary_decision_is_one_column(digits):
     assert decision.shape == (150,)
     proba = clf.predict_proba(images)
     np.testing.assert_allclose(decision, np.log(proba[:, 1]) - np.log(proba[:, 0]), rtol=1e-6)
+
+
+# the posterior
+
+
+@pytest.fixture(scope="module")
+def averaged(digits):
+    options = {**FAST, "predictive": "laplace", "predictive_temperature": 1.0}
+    return SoftEquivariantClassifier(**options).fit(*digits)
+
+
+def temporarily(clf, **parameters):
+    """A copy with other parameters and what was fitted."""
+    return pickle.loads(pickle.dumps(clf)).set_params(**parameters)
+
+
+@pytest.mark.parametrize("samples", [None, 200])
+def test_predictions_over_the_posterior_agree_with_each_other(averaged, digits, samples):
+    images, _ = digits
+    clf = temporarily(averaged, predictive_samples=samples)
+    proba = clf.predict_proba(images)
+    np.testing.assert_allclose(proba.sum(1), 1)
+    np.testing.assert_allclose(np.exp(clf.predict_log_proba(images)), proba)
+    np.testing.assert_array_equal(clf.predict(images), clf.classes_[proba.argmax(1)])
+    odds = np.log(proba) - np.log1p(-proba)
+    np.testing.assert_allclose(clf.decision_function(images), odds, rtol=1e-9, atol=1e-9)
+    plain = temporarily(clf, predictive="map").predict_proba(images)
+    assert proba.max(1).mean() < plain.max(1).mean()
+
+
+def test_predictions_over_the_posterior_stay_finite(averaged, digits):
+    images = 1e4 * digits[0]
+    for samples, temperature in ((None, 1.0), (50, 1e-9), (50, 1.0)):
+        options = {"predictive_samples": samples, "predictive_temperature": temperature}
+        clf = temporarily(averaged, **options)
+        for found in (clf.decision_function(images), clf.predict_log_proba(images)):
+            assert np.isfinite(found).all()
+
+
+def test_the_same_network_with_and_without_a_posterior(averaged, fitted, digits):
+    images, _ = digits
+    clf = temporarily(averaged, predictive="map")
+    np.testing.assert_array_equal(clf.predict_proba(images), fitted.predict_proba(images))
+    assert set(vars(averaged)) - set(vars(fitted)) == {"posterior_"}
+
+
+def test_what_the_predictive_is_may_change_after_the_fit(averaged, digits):
+    images, labels = digits
+    clf = temporarily(averaged)
+    expected = clf.predict_proba(images)
+    clf.set_params(predictive="map").predict(images)
+    np.testing.assert_array_equal(
+        clf.set_params(predictive="laplace").predict_proba(images), expected
+    )
+    for bad in ({"predictive": "both"}, {"predictive_temperature": 0.0}, {"predictive_samples": 0}):
+        with pytest.raises(ValueError, match=f"'{next(iter(bad))}' parameter"):
+            temporarily(averaged, **bad).predict_proba(images)
+    clf.set_params(predictive="map", max_epochs=4).fit(images, labels)
+    assert "posterior_" not in vars(clf)
+    with pytest.raises(ValueError, match="needs the posterior .* call fit with predictive="):
+        clf.set_params(predictive="laplace").predict(images)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learn_prior": False},
+        {"curvature": "rademacher", "curvature_subset": 40},
+        {"pathways": ("conv", "sparse_fc"), "learn_lengthscale": True},
+        {"burn_in": 50, "keep_best": False},
+        {"kfac": "reduce"},
+    ],
+    ids=str,
+)
+def test_a_posterior_of_every_kind_of_fit(digits, options):
+    images, labels = digits
+    clf = SoftEquivariantClassifier(
+        **{**FAST, "max_epochs": 20, "predictive": "laplace", **options}
+    ).fit(images, labels)
+    used = clf.net_.enabled_tensors()
+    assert clf.posterior_.tensors.keys() == used.keys()
+    for name, tensor in clf.posterior_.tensors.items():
+        assert tensor.precision == pytest.approx(clf.prior_precisions_by_name_[name])
+    assert np.isfinite(clf.predict_log_proba(images)).all()
+
+
+def test_the_posterior_is_of_the_curvature_of_all_rows(averaged, digits):
+    images, labels = digits
+    data = torch.from_numpy(averaged._as_images(images).numpy())
+    batch = (data, torch.from_numpy(np.searchsorted(averaged.classes_, labels)), torch.ones(150))
+    factors = kronecker_factors(averaged.module_, averaged.net_.criterion_, [batch]).factors
+    for name, kron in factors.items():
+        left, right = averaged.posterior_.of(name)
+        for basis, factor in ((left, kron.left), (right, kron.right)):
+            found = basis.vectors * basis.values[:, None] @ basis.vectors.transpose(1, 2)
+            scale = dense(factor).abs().max().item()
+            torch.testing.assert_close(found, dense(factor), rtol=1e-3, atol=1e-3 * scale + 1e-20)
+
+
+def test_posteriors_go_on_with_training(digits):
+    images, labels = digits
+    options = {**FAST, "max_epochs": 8, "predictive": "laplace", "predictive_temperature": 1.0}
+    clf = SoftEquivariantClassifier(**options, warm_start=True).fit(images, labels)
+    before = clf.posterior_
+    clf.fit(images, labels)
+    assert clf.posterior_ is not before
+    weights = np.where(labels == 0, 3.0, 1.0)
+    weighted = SoftEquivariantClassifier(**options).fit(images, labels, sample_weight=weights)
+    rows = np.repeat(np.arange(150), weights.astype(int))
+    assert weighted.predict_proba(images[rows]).shape == (len(rows), 3)
+
+
+def test_a_posterior_chunk_by_chunk(digits):
+    images, labels = digits
+    options = {**FAST, "burn_in": 2, "evidence_every": 1}
+    clf = SoftEquivariantClassifier(**options, predictive="laplace", predictive_temperature=1.0)
+    spread = []
+    for _ in range(3):
+        for rows in (slice(0, 75), slice(75, 150)):
+            clf.partial_fit(images[rows], labels[rows], classes=[0, 1, 2])
+            left, _ = clf.posterior_.of("head.output.weight")
+            spread.append(left.values.sum().item())
+    assert np.isfinite(clf.predict_log_proba(images)).all()
+    # The present chunk stands for all that was seen: 450 rows by now.
+    chunk = clf._as_images(images[75:]), torch.from_numpy(labels[75:]), torch.ones(75)
+    factors = kronecker_factors(
+        clf.module_, clf.net_.criterion_, [chunk], total_weight=450.0
+    ).factors
+    left, right = clf.posterior_.of("head.output.weight")
+    expected = factors["head.output.weight"]
+    for basis, factor in ((left, expected.left), (right, expected.right)):
+        trace = dense(factor).diagonal(dim1=1, dim2=2).sum().item()
+        assert basis.values.sum().item() == pytest.approx(trace, rel=1e-4)
+    # It may be left alone, and asked for again.
+    clf.set_params(predictive="map").partial_fit(images, labels)
+    assert "posterior_" not in vars(clf)
+    clf.set_params(predictive="laplace").partial_fit(images, labels)
+    assert "posterior_" in vars(clf)
+
+
+def test_two_classes_and_one_over_the_posterior(digits):
+    images, labels = digits
+    options = {**FAST, "max_epochs": 8, "predictive": "laplace", "predictive_temperature": 1.0}
+    for samples in (None, 100):
+        clf = SoftEquivariantClassifier(**options, predictive_samples=samples)
+        proba = clf.fit(images, labels == 1).predict_proba(images)
+        odds = clf.decision_function(images)
+        assert odds.shape == (150,)
+        np.testing.assert_allclose(odds, np.log(proba[:, 1] / proba[:, 0]), rtol=1e-6)
+        only = clf.fit(images, np.full(150, "only"))
+        np.testing.assert_array_equal(only.predict_proba(images), np.ones((150, 1)))
+
+
+@pytest.mark.parametrize("samples", [None, 30])
+def test_a_row_is_averaged_alike_in_any_company(averaged, digits, samples):
+    images, _ = digits
+    clf = temporarily(averaged, predictive_samples=samples)
+    together = clf.predict_proba(images)
+    order = np.random.default_rng(0).permutation(150)
+    np.testing.assert_array_equal(clf.predict_proba(images[order]), together[order])
+    np.testing.assert_array_equal(clf.predict_proba(images[77:78]), together[77:78])
 
 
 def test_a_row_is_predicted_alike_in_any_company(fitted, digits):
@@ -1133,6 +1294,12 @@ def test_permutation_importance(fitted, digits):
         ({"learn_lengthscale": "yes"}, "'learn_lengthscale' parameter .* must be"),
         ({"prior_precision": 0}, "'prior_precision' parameter .* must be a float in the range"),
         ({"lr": -1.0}, "'lr' parameter .* must be a float in the range"),
+        ({"predictive": "bayes"}, "'predictive' parameter .* must be a str among"),
+        (
+            {"predictive_samples": 0},
+            "'predictive_samples' parameter .* must be an int in the range",
+        ),
+        ({"predictive_temperature": 0}, "'predictive_temperature' .* must be a float in the range"),
         ({"width": 2.5}, "'width' parameter .* must be an int in the range"),
         ({"image_shape": (5, 5)}, "has 25 values, but X has 16 features"),
         ({"image_shape": (0, 16)}, "positive integers"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sklearn_softeq import kronecker
-from sklearn_softeq.kronecker import Kronecker, Root, dense, spectra
+from sklearn_softeq.kronecker import Kronecker, Root, dense, eigenbasis, spectra
 
 SHAPES = [(1, 3, 4), (3, 2, 4), (2, 1, 3), (4, 3, 1), (1, 1, 1)]  # (B, d_in, d_out)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -157,6 +157,21 @@ def test_eigenvalues_of_roots_are_those_that_can_be_more_than_zero(sides):
     close(values, expected[-len(values) :])
     assert expected[: -len(values)].abs().max() < 1e-10 * expected[-1]
     assert values.min() > 1e-6  # none of them is lost among zeros
+
+
+@pytest.mark.parametrize("n_rows", [None, 2, 4, 6])
+def test_an_eigenbasis_is_the_matrix_again(n_rows):
+    factor = positive(3, 4) if n_rows is None else Root(torch.randn(3, n_rows, 4).double())
+    if n_rows == 2:
+        factor.rows[1, 1] = factor.rows[1, 0]  # of rank one
+    basis = eigenbasis(factor)
+    assert basis.whole == (n_rows != 2)
+    tokens = torch.randn(3, 5, 4, dtype=torch.float64)
+    coordinates, values = basis.coordinates(tokens), basis.eigenvalues()
+    assert coordinates.shape[2] == values.shape[1]
+    found = torch.einsum("bmi,bi,bni->bmn", coordinates, values, coordinates)
+    close(found, tokens @ dense(factor) @ tokens.transpose(1, 2))
+    close(coordinates @ coordinates.transpose(1, 2), tokens @ tokens.transpose(1, 2))
 
 
 def test_a_root_that_moves_is_multiplied_out():

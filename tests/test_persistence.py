@@ -26,6 +26,8 @@ KINDS = {
     "lengthscales": {"pathways": ("conv", "sparse_fc"), "learn_lengthscale": True},
     "kfac": {"optimizer": "kfac"},
     "fixed": {"learn_prior": False},
+    "laplace": {"predictive": "laplace"},
+    "laplace, float32": {"predictive": "laplace", "dtype": "float32", "predictive_samples": 20},
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -61,9 +63,9 @@ ROUTES = [by_pickle, by_joblib, by_deepcopy, by_skops]
 
 
 def assert_same(found, expected):
-    """Fitted attributes, but for the net, to the last bit."""
+    """Fitted attributes, but for the net and the posterior, to the last bit."""
     assert found.keys() == expected.keys()
-    for name in found.keys() - {"net_"}:
+    for name in found.keys() - {"net_", "posterior_"}:
         np.testing.assert_equal(found[name], expected[name], err_msg=name)
 
 
@@ -142,12 +144,14 @@ def test_what_is_not_fitted_is_not_fitted_after_loading(tmp_path):
         assert not again.__sklearn_is_fitted__()
 
 
-@pytest.mark.parametrize("epochs", [8, 200])
-def test_files_are_no_larger_than_weights_and_a_little(epochs, digits, tmp_path):
+@pytest.mark.parametrize(("epochs", "predictive"), [(8, "map"), (200, "map"), (8, "laplace")])
+def test_files_are_no_larger_than_weights_and_a_little(epochs, predictive, digits, tmp_path):
     options = {**SHORT, "max_epochs": epochs, "width": 8, "tol": 0, "batch_size": 10}
-    clf = SoftEquivariantClassifier(**options).fit(*digits)
-    weights = sum(w.numel() * w.element_size() for w in clf.module_.parameters())
-    limit = 1.3 * weights + 20_000
+    clf = SoftEquivariantClassifier(**options, predictive=predictive).fit(*digits)
+    kept = sum(w.numel() * w.element_size() for w in clf.module_.parameters())
+    if predictive == "laplace":
+        kept += clf.posterior_.nbytes
+    limit = 1.3 * kept + 20_000
     assert len(pickle.dumps(clf)) < limit
     joblib.dump(clf, tmp_path / "model.joblib")
     assert (tmp_path / "model.joblib").stat().st_size < limit

@@ -41,6 +41,22 @@ def fitted():
     return clf
 
 
+def test_the_posterior_of_what_was_removed_goes_too():
+    X, y = digits()
+    clf = SoftEquivariantClassifier(**SHORT, predictive="laplace").fit(X, y)
+    before = clf.predict_proba(X)
+    layer = clf.module_.layers["blocks.1"]
+    layer.remove("factored_fc")
+    clf.symmetry_[1], clf.output_share_[1] = (1, 0), (1, 0)
+    simple = clf.simplify(X, tol=1)
+    gone = {name for name in clf.posterior_.tensors if name.startswith("blocks.1.factored_fc.")}
+    assert gone
+    assert simple.posterior_.tensors.keys() == clf.posterior_.tensors.keys() - gone
+    assert simple.posterior_.nbytes < clf.posterior_.nbytes
+    np.testing.assert_array_equal(simple.predict_proba(X), clf.predict_proba(X))
+    assert (clf.predict_proba(X) != before).any()
+
+
 def test_what_was_removed_is_gone_and_predictions_are_the_same(fitted):
     X, _ = digits(90)
     before = fitted.predict_proba(X)
