@@ -2,10 +2,12 @@
 
 import hashlib
 import math
+import os
 import warnings
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from ._version import __version__
 from .assembly import Assembly, Seeds
 from .batches import AUGMENTATIONS, BATCH_ROWS, TrainingData, batch_rows
 from .budget import rows_of_a_pass
+from .checkpoint import Checkpoint, Run, data_digests, identity, open_run, restore, start_from
 from .curvature import COLUMNS, KFAC_FORMS
 from .groups import GROUPS
 from .layers import PATHWAYS
@@ -27,6 +30,7 @@ from .networks import ACTIVATIONS, ARCHITECTURES
 from .persistence import check_version, packed, unpacked
 from .predictive import log_odds, map_outputs
 from .processes import alone, joined
+from .records import digest
 from .schedules import LR_SCHEDULES, STARTS
 from .simplification import simplified
 from .symmetry import (
@@ -217,6 +221,13 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         They are copied. There is no validation set: what can be monitored in the history is
         "train_loss" and, at each evaluation, "log_marginal_likelihood" and its terms. A
         scheduler of the learning rate needs ``lr_schedule="constant"``.
+    checkpoint_dir : str or path-like, default=None
+        Folder in which ``fit`` keeps its state while it trains. After a crash the same call goes on
+        from the last state that is complete, and ends as it would have ended; when it is over, the
+        same call returns at once. The folder holds one fit: other data or parameters are refused,
+        with what differs. Of a clone, as searches, cross-validation and ensembles make them, each
+        fit has a sub-folder, named after its data and parameters, so that nothing has to be set
+        for them. None: no file is written; ``partial_fit`` never writes any.
     verbose : int, default=0
         1 prints a line at each evaluation.
 
@@ -352,6 +363,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         "random_state": ["random_state"],
         "warm_start": ["boolean"],
         "callbacks": [list, tuple, None],
+        "checkpoint_dir": [str, os.PathLike, None],
         "verbose": ["verbose"],
     }
 
@@ -396,6 +408,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         random_state=None,
         warm_start=False,
         callbacks=None,
+        checkpoint_dir=None,
         verbose=0,
     ):
         self.pathways = pathways
@@ -436,6 +449,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.random_state = random_state
         self.warm_start = warm_start
         self.callbacks = callbacks
+        self.checkpoint_dir = checkpoint_dir
         self.verbose = verbose
 
     def __sklearn_tags__(self):
@@ -445,6 +459,12 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
 
     def __sklearn_is_fitted__(self):
         return "net_" in vars(self)
+
+    def __sklearn_clone__(self):
+        twin = super().__sklearn_clone__()
+        if self.checkpoint_dir is not None:
+            twin._is_clone = True  # its fits may be many at a time: each has a folder of its own
+        return twin
 
     def __getstate__(self):
         """Plain values, arrays and parameters; nothing of torch's or skorch's."""
@@ -495,20 +515,27 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            For bad data, shapes or parameters, before any training; and when the loss becomes
-            infinite or NaN, which leaves the estimator unfitted.
+            For bad data, shapes or parameters, before any training, and if ``checkpoint_dir`` holds
+            another fit; and when the loss becomes infinite or NaN, which leaves the estimator
+            unfitted.
+        OSError
+            If nothing can be written to ``checkpoint_dir``, before any training.
 
         Warns
         -----
         ConvergenceWarning
             If the evidence had not settled by ``max_epochs``.
+        UserWarning
+            If a checkpoint is damaged or cannot be written, or was made with another number of
+            threads.
         """
         previous = self.net_ if self.warm_start and self.__sklearn_is_fitted__() else None
         classes = self.classes_ if previous else None
         with self._unchanged_on_error():
             data = self._shared(X, y, sample_weight, classes)
-            net = self._build_net(data, previous)
-        self._train(net, data)
+            run = self._run(data, previous)
+            net = self._build_net(data, previous, run)
+        self._train(net, data, run)
         self._warn_if_not_converged()
         return self
 
@@ -565,11 +592,17 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             self.__dict__.update(before)
             raise
 
-    def _train(self, net: SoftEquivariantNet, data: TrainingData) -> None:
+    def _train(self, net: SoftEquivariantNet, data: TrainingData, run: Run | None = None) -> None:
         """Train and record; what fails half way must not pass for a fitted model."""
         try:
-            net.partial_fit(data)
-            self._record(net, data)
+            if run is not None and run.outcome is not None:
+                self._record(net, data, run.outcome)
+                return
+            net.partial_fit(data, epochs=run and run.epochs_left(net.max_epochs))
+            outcome = _outcome(net, data)
+            self._record(net, data, outcome)
+            if run is not None:
+                run.keep(net, self.symmetry_trials_, outcome)
         except BaseException:
             for name in [name for name in vars(self) if name.endswith("_")]:
                 delattr(self, name)
@@ -607,6 +640,10 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             shape = check_same_shape(found, self.image_shape_)
         classes = np.unique(y) if classes is None else classes
         codes = encode(y, classes)
+        digests = {}
+        if self.checkpoint_dir is not None:
+            counts = check_weights(sample_weight, X, y, classes, None)
+            digests = data_digests(X, y, counts, shape)
         weights = check_weights(sample_weight, X, y, classes, self.class_weight)
         # A row of weight zero is no observation: without it the fit is the same to the last bit.
         present = weights > 0
@@ -623,6 +660,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             torch.tensor(codes, device=device),
             torch.tensor(weights, dtype=inputs.dtype, device=device),
             float(seen),
+            digests,
         )
 
     def _set_standardizer(self, X: np.ndarray, weights: np.ndarray, n_channels: int) -> None:
@@ -649,26 +687,44 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             figure.astype(X.dtype)[:, None, None]
             for figure in (self.channel_mean_, self.channel_scale_)
         )
-        return torch.from_numpy(((images - mean) / scale).astype(dtype, copy=False))
+        # In memory of torch's: last digits can hang on how it is aligned, which NumPy's is otherwise
+        # in each process.
+        found = torch.empty(images.shape, dtype=getattr(torch, np.dtype(dtype).name))
+        np.divide(images - mean, scale, out=found.numpy(), casting="same_kind")
+        return found
 
-    def _build_net(self, data, previous, endless=False) -> SoftEquivariantNet:
-        """A net that is ready to train, from a random start or from a previous net."""
+    def _run(self, data: TrainingData, previous: SoftEquivariantNet | None) -> Run | None:
+        """Where a fit is kept on disk, if it is."""
+        if self.checkpoint_dir is None:
+            return None
+        folder, found = Path(self.checkpoint_dir), identity(self.get_params(), data, previous)
+        if "_is_clone" in vars(self):
+            folder /= digest(found)[:16]
+        return open_run(folder, found, joined(self.device_))
+
+    def _build_net(self, data, previous, run=None, endless=False) -> SoftEquivariantNet:
+        """A net that is ready to train: from a random start, a previous net or a state on disk."""
         seeds = check_random_state(self.random_state).randint(2**31 - 1, size=5).tolist()
         # random_state=None is another one in each process.
-        seeds = Seeds(*joined(self.device_).agreed(seeds))
-        assembly = Assembly(self, data, seeds)
-        if previous is not None:
-            return assembly.further(previous, endless)
-        self.symmetry_trials_, net = assembly.first(endless)
+        seeds = joined(self.device_).agreed(seeds)
+        assembly = Assembly(self, data, Seeds(*(seeds if run is None else run.begin(seeds))))
+        if run is not None and run.state is not None:
+            course = run.state["course"]
+            net = assembly.resumed(start_from(course["start"]), course["holding"], endless)
+            self.symmetry_trials_ = run.trials
+        elif previous is not None:
+            net = assembly.further(previous, endless)
+        else:
+            self.symmetry_trials_, net = assembly.first(endless)
+        if run is not None and run.outcome is not None:
+            restore(net, run.state)
+        elif run is not None:
+            checkpoint = Checkpoint(run, self.symmetry_trials_, bool(self.verbose))
+            net.callbacks_.append(("checkpoint", checkpoint))
         return net
 
-    def _record(self, net: SoftEquivariantNet, data: TrainingData) -> None:
+    def _record(self, net: SoftEquivariantNet, data: TrainingData, outcome: dict) -> None:
         """Set the fitted attributes."""
-        log_precision = net.prior_.log_precision.cpu()
-        dimensions = net.laplace_.effective_dimensions(log_precision)
-        evidence = net.laplace_.evidence(log_precision).value
-        linear_term = net.linear_term_ / data.n_observations
-        del net.laplace_, net.linear_term_  # the spectra have served
         network = net.module_
         self.net_ = net
         self.__dict__.pop("simplification_", None)  # of what it was before
@@ -677,8 +733,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.n_observations_ = data.n_observations
         self.start_ = net.course.start.name
         self.history_ = _evaluations(net)
-        self.log_marginal_likelihood_value_ = evidence
-        self.evidence_linear_term_ = linear_term
+        self.log_marginal_likelihood_value_ = evidence = outcome["evidence"]
+        self.evidence_linear_term_ = outcome["linear_term"]
         self.scores_ = (
             self.history_["log_marginal_likelihood"] if self.learn_prior else np.array([evidence])
         )
@@ -695,7 +751,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         self.layer_names_ = layer_names(network)
         self.pathway_names_ = pathway_names(network)
         self.prior_precision_ = precision_table(network, net.prior_.precisions())
-        self.effective_dimensions_ = sum_table(network, dimensions)
+        self.effective_dimensions_ = sum_table(network, outcome["effective_dimensions"])
         sizes = {name: tensor.numel() for name, tensor in network.named_parameters()}
         self.n_weights_ = sum_table(network, sizes).astype(np.int64)
         self.symmetry_, self.symmetry_per_weight_ = dimension_shares(
@@ -852,6 +908,18 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"group={group!r} is not known. Choose one of {sorted(GROUPS)}.")
         batches = self._new_images(X).to(self.device_).split(rows_of_a_pass(self.module_))
         return Bunch(**equivariance_errors(self.module_, batches, GROUPS[group])._asdict())
+
+
+def _outcome(net: SoftEquivariantNet, data: TrainingData) -> dict[str, Any]:
+    """What the last evidence has said, whose spectra have then served."""
+    log_precision = net.prior_.log_precision.cpu()
+    found = {
+        "effective_dimensions": net.laplace_.effective_dimensions(log_precision),
+        "evidence": net.laplace_.evidence(log_precision).value,
+        "linear_term": net.linear_term_ / data.n_observations,
+    }
+    del net.laplace_, net.linear_term_
+    return found
 
 
 def _evaluations(net: SoftEquivariantNet) -> dict[str, np.ndarray]:

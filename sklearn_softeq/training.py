@@ -65,7 +65,7 @@ OPTIMIZERS = {
 AMP_DTYPES = {"bf16": torch.bfloat16}
 
 #: Names of the callbacks that training consists of; all others are the user's.
-OWN_CALLBACKS = ("evidence", "preconditioner", "trial", "course")
+OWN_CALLBACKS = ("evidence", "preconditioner", "trial", "course", "checkpoint")
 
 
 class DivergedError(ValueError):

@@ -19,6 +19,7 @@ ORDER = (
     # ground
     "devices",
     "processes",
+    "records",
     "groups",
     "anchors",
     "kronecker",
@@ -51,6 +52,7 @@ ORDER = (
     "training",
     "trials",
     "course",
+    "checkpoint",
     # surface
     "simplification",
     "assembly",
@@ -63,7 +65,7 @@ ORDER = (
 HOMES = {
     "matplotlib": {"display"},
     "sklearn": {"validation", "datasets", "simplification", "estimators", "display"},
-    "skorch": {"training", "trials", "course"},
+    "skorch": {"training", "trials", "course", "checkpoint"},
 }
 
 # Test modules that follow a question and not a module.
