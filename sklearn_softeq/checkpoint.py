@@ -6,6 +6,7 @@ the folder of a fit, and :class:`Checkpoint` writes into it from time to time.
 
 import hashlib
 import inspect
+import os
 import tempfile
 import time
 import warnings
@@ -417,14 +418,21 @@ class Run:
         self.number = number
 
 
-def open_run(folder: Path, identity: dict[str, str], processes: Processes) -> Run:
+def open_run(
+    folder: str | os.PathLike, identity: dict[str, str], is_clone: bool, processes: Processes
+) -> Run:
     """A fit's place on disk, which is made if there is none.
 
     Parameters
     ----------
-    folder : Path
+    folder : str or path-like
+        The user's ``checkpoint_dir``.
     identity : dict of str to str
         As from :func:`identity`.
+    is_clone : bool
+        Whether the estimator is a clone. An estimator that a user has made has one fit, and another
+        one in its folder is a mistake. Those of a search differ in data and parameters by design;
+        all are clones, so that it can be told without asking, and each has a sub-folder.
     processes : Processes
         The first one reads and writes for all.
 
@@ -435,8 +443,9 @@ def open_run(folder: Path, identity: dict[str, str], processes: Processes) -> Ru
     OSError
         If nothing can be written there.
     """
-    record = processes.by_first(lambda: _last_record(folder, identity))
-    return Run(folder, identity, record, processes)
+    place = Path(folder, digest(identity)[:16]) if is_clone else Path(folder)
+    record = processes.by_first(lambda: _last_record(place, identity))
+    return Run(place, identity, record, processes)
 
 
 def _last_record(folder: Path, identity: dict[str, str]) -> dict[str, Any] | None:

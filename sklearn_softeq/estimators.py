@@ -6,8 +6,7 @@ import os
 import warnings
 from contextlib import contextmanager
 from numbers import Integral, Real
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -30,7 +29,6 @@ from .networks import ACTIVATIONS, ARCHITECTURES
 from .persistence import check_version, packed, unpacked
 from .predictive import log_odds, map_outputs
 from .processes import alone, joined
-from .records import digest
 from .schedules import LR_SCHEDULES, STARTS
 from .simplification import simplified
 from .symmetry import (
@@ -599,7 +597,7 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
                 self._record(net, data, run.outcome)
                 return
             net.partial_fit(data, epochs=run and run.epochs_left(net.max_epochs))
-            outcome = _outcome(net, data)
+            outcome = net.outcome(data)
             self._record(net, data, outcome)
             if run is not None:
                 run.keep(net, self.symmetry_trials_, outcome)
@@ -687,8 +685,8 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             figure.astype(X.dtype)[:, None, None]
             for figure in (self.channel_mean_, self.channel_scale_)
         )
-        # In memory of torch's: last digits can hang on how it is aligned, which NumPy's is otherwise
-        # in each process.
+        # In memory of torch's: last digits can hang on how it is aligned, and NumPy aligns it
+        # otherwise in each process.
         found = torch.empty(images.shape, dtype=getattr(torch, np.dtype(dtype).name))
         np.divide(images - mean, scale, out=found.numpy(), casting="same_kind")
         return found
@@ -697,10 +695,9 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
         """Where a fit is kept on disk, if it is."""
         if self.checkpoint_dir is None:
             return None
-        folder, found = Path(self.checkpoint_dir), identity(self.get_params(), data, previous)
-        if "_is_clone" in vars(self):
-            folder /= digest(found)[:16]
-        return open_run(folder, found, joined(self.device_))
+        found = identity(self.get_params(), data, previous)
+        is_clone = "_is_clone" in vars(self)
+        return open_run(self.checkpoint_dir, found, is_clone, joined(self.device_))
 
     def _build_net(self, data, previous, run=None, endless=False) -> SoftEquivariantNet:
         """A net that is ready to train: from a random start, a previous net or a state on disk."""
@@ -908,18 +905,6 @@ class SoftEquivariantClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"group={group!r} is not known. Choose one of {sorted(GROUPS)}.")
         batches = self._new_images(X).to(self.device_).split(rows_of_a_pass(self.module_))
         return Bunch(**equivariance_errors(self.module_, batches, GROUPS[group])._asdict())
-
-
-def _outcome(net: SoftEquivariantNet, data: TrainingData) -> dict[str, Any]:
-    """What the last evidence has said, whose spectra have then served."""
-    log_precision = net.prior_.log_precision.cpu()
-    found = {
-        "effective_dimensions": net.laplace_.effective_dimensions(log_precision),
-        "evidence": net.laplace_.evidence(log_precision).value,
-        "linear_term": net.linear_term_ / data.n_observations,
-    }
-    del net.laplace_, net.linear_term_
-    return found
 
 
 def _evaluations(net: SoftEquivariantNet) -> dict[str, np.ndarray]:

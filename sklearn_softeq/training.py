@@ -348,6 +348,17 @@ class SoftEquivariantNet(NeuralNet):
             for (name, tensor), total in zip(tensors.items(), sums, strict=True)
         }
 
+    def outcome(self, data: TrainingData) -> dict[str, Any]:
+        """What the last evidence of a training has said; its spectra have then served."""
+        log_precision, laplace = self.prior_.log_precision.cpu(), self.laplace_
+        found = {
+            "effective_dimensions": laplace.effective_dimensions(log_precision),
+            "evidence": laplace.evidence(log_precision).value,
+            "linear_term": self.linear_term_ / data.n_observations,
+        }
+        del self.laplace_, self.linear_term_
+        return found
+
     def enabled_tensors(self) -> dict[str, torch.Tensor]:
         """The named parameters without those of pathways that are switched off."""
         off = self._tensors_where(lambda block, name: not block.enabled[name])
