@@ -2,8 +2,8 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -48,12 +48,15 @@ class TrainingData(torch.utils.data.Dataset):
         Repetitions of each row, positive.
     n_observations : float
         N, the weight that the data stand for: their sum, or more when they are one chunk of many.
+    digests : mapping of str to str, optional
+        Of the data as a user has passed them, by which they are known again.
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
     n_observations: float
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.inputs)

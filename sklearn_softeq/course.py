@@ -5,7 +5,8 @@ about learning rate, release of pathways and the end.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from .budget import EXACT_COLUMNS, CurvaturePlan, rows_of_a_pass
 from .curvature import Estimator, input_factors, kronecker_factors
 from .hyperparameters import squared_norms
 from .kfac import KFAC
-from .kronecker import Factor, spectra
+from .kronecker import Factor, decomposed, spectra
 from .marginal_likelihood import Evidence, LaplaceEvidence, LengthscaleSolver, Solver
 from .schedules import JointStart, LearningRate, Plateau, Start, fix_gauge, restart_jointly
 from .states import State, WeightMean, restore, state_of
@@ -172,10 +173,8 @@ class EvidenceStep(Callback):
             constants=self._input_factors(net),
             **_shared(net),
         )
-        try:
+        with _finite(net):
             eigenvalues = spectra(curvature.factors, self._known)
-        except ValueError as error:
-            raise net.diverged("The curvature became infinite or NaN") from error
         # An identity means nothing once its factor is gone.
         kept = {id(factor) for factor in self._input_factors(net).values()}
         self._known = {key: values for key, values in self._known.items() if key in kept}
@@ -195,7 +194,7 @@ class EvidenceStep(Callback):
         enabled = set(net.enabled_tensors())
         if not enabled <= self._covered:
             self._covered = enabled
-            self._constants |= input_factors(
+            found = input_factors(
                 net.module_,
                 net.data_.in_order(rows_of_a_pass(net.module_)),
                 kfac=self.chosen.estimator.kfac,
@@ -203,6 +202,9 @@ class EvidenceStep(Callback):
                 known=self._constants,
                 **_shared(net),
             )
+            self._constants |= found
+            with _finite(net):
+                self._known |= decomposed(found)
         return self._constants
 
     def ascend(self, net: SoftEquivariantNet, objective: LaplaceEvidence) -> Evidence:
@@ -273,6 +275,15 @@ class EvidenceStep(Callback):
             self._slopes = net.processes_.agreed(objective.lengthscale_gradient(log_precision))
 
 
+@contextmanager
+def _finite(net: SoftEquivariantNet) -> Iterator[None]:
+    """Where a curvature that is not finite is found out."""
+    try:
+        yield
+    except ValueError as error:
+        raise net.diverged("The curvature became infinite or NaN") from error
+
+
 def _shared(net: SoftEquivariantNet) -> dict[str, Any]:
     """What this process sees of each batch, and how it adds what it finds to the others'."""
     processes = net.processes_
@@ -318,10 +329,8 @@ class Preconditioner(Callback):
             return
         self._decays = net.decay_  # another list when precisions have moved
         decays = {id(parameter): decay for parameter, decay, _ in net.decay_}
-        try:
+        with _finite(net):
             optimizer.precondition({tensor: decays[id(tensor)] for tensor in tensors.values()})
-        except ValueError as error:
-            raise net.diverged("The curvature became infinite or NaN") from error
 
     def _observe(self, net: SoftEquivariantNet, tensors: dict[str, torch.Tensor]) -> None:
         generator = torch.Generator().manual_seed(self.seed + len(net.history))

@@ -1,47 +1,32 @@
 """The classifier: parameters, fit as a table of contents, and what a fit reveals."""
 
-import hashlib
-import math
-import warnings
-from contextlib import contextmanager
+import os
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import Bunch, check_random_state
+from sklearn.base import ClassifierMixin, _fit_context
+from sklearn.utils import Bunch
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from ._version import __version__
-from .assembly import Assembly, Seeds
+from .base import SoftEquivariantBase
 from .batches import AUGMENTATIONS, BATCH_ROWS, TrainingData, batch_rows
 from .budget import rows_of_a_pass
+from .checkpoint import data_digests
 from .curvature import COLUMNS, KFAC_FORMS
 from .groups import GROUPS
 from .layers import PATHWAYS
 from .marginal_likelihood import HYPER_SOLVERS
 from .networks import ACTIVATIONS, ARCHITECTURES
-from .persistence import check_version, packed, unpacked
-from .posterior import Posterior
 from .predictive import PREDICTIVES, laplace_outputs, log_odds, map_outputs
-from .processes import alone, joined
-from .progress import CallbackSupportMixin, FitTasks
 from .schedules import LR_SCHEDULES, STARTS
 from .simplification import simplified
 from .symmetry import (
-    dimension_shares,
-    enabled_table,
     equivariance_errors,
-    layer_names,
-    output_shares,
-    pathway_names,
-    precision_table,
-    sum_table,
 )
-from .training import AMP_DTYPES, OPTIMIZERS, SoftEquivariantNet
+from .training import AMP_DTYPES, OPTIMIZERS
 from .validation import (
     check_classes,
     check_images,
@@ -50,7 +35,6 @@ from .validation import (
     check_same_shape,
     check_weights,
     encode,
-    present_device,
     resolve_device,
     resolve_image_shape,
 )
@@ -58,7 +42,7 @@ from .validation import (
 __all__ = ["SoftEquivariantClassifier"]
 
 
-class SoftEquivariantClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
+class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
     """A network on images that learns which symmetry each of its layers should keep.
 
     Every layer is a sum of pathways, some equivariant (a convolution), some free (a factored
@@ -240,6 +224,13 @@ class SoftEquivariantClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstim
         They are copied. There is no validation set: what can be monitored in the history is
         "train_loss" and, at each evaluation, "log_marginal_likelihood" and its terms. A
         scheduler of the learning rate needs ``lr_schedule="constant"``.
+    checkpoint_dir : str or path-like, default=None
+        Folder in which ``fit`` keeps its state while it trains. After a crash the same call goes on
+        from the last state that is complete, and ends as it would have ended; when it is over, the
+        same call returns at once. The folder holds one fit: other data or parameters are refused,
+        with what differs. Of a clone, as searches, cross-validation and ensembles make them, each
+        fit has a sub-folder, named after its data and parameters, so that nothing has to be set
+        for them. None: no file is written; ``partial_fit`` never writes any.
     verbose : int, default=0
         1 prints a line at each evaluation.
 
@@ -339,9 +330,6 @@ class SoftEquivariantClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstim
     (1597,)
     """
 
-    image_shape_: tuple[int, int, int]
-    device_: torch.device
-
     _parameter_constraints: ClassVar[dict] = {
         "pathways": ["array-like", str],
         "architecture": [StrOptions(set(ARCHITECTURES))],
@@ -384,6 +372,7 @@ class SoftEquivariantClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstim
         "random_state": ["random_state"],
         "warm_start": ["boolean"],
         "callbacks": [list, tuple, None],
+        "checkpoint_dir": [str, os.PathLike, None],
         "verbose": ["verbose"],
     }
 
@@ -431,6 +420,7 @@ class SoftEquivariantClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstim
         random_state=None,
         warm_start=False,
         callbacks=None,
+        checkpoint_dir=None,
         verbose=0,
     ):
         self.pathways = pathways
@@ -451,7 +441,8 @@ class SoftEquivariantClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstim
         self.hyper_lr = hyper_lr
         self.hyper_warmup = hyper_warmup
         self.curvature = curvature
-        self.curvature_samples, self.curvature_subset = curvature_samples, curvature_subset
+        self.curvature_samples = curvature_samples
+        self.curvature_subset = curvature_subset
         self.kfac = kfac
         self.max_epochs = max_epochs
         self.tol = tol
@@ -464,7 +455,8 @@ class SoftEquivariantClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstim
         self.augment = augment
         self.amp = amp
         self.compile = compile
-        self.predictive, self.predictive_samples = predictive, predictive_samples
+        self.predictive = predictive
+        self.predictive_samples = predictive_samples
         self.predictive_temperature = predictive_temperature
         self.class_weight = class_weight
         self.device = device
@@ -472,45 +464,8 @@ class SoftEquivariantClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstim
         self.random_state = random_state
         self.warm_start = warm_start
         self.callbacks = callbacks
+        self.checkpoint_dir = checkpoint_dir
         self.verbose = verbose
-
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.input_tags.three_d_array = True
-        return tags
-
-    def __sklearn_is_fitted__(self):
-        return "net_" in vars(self)
-
-    def __getstate__(self):
-        """Plain values, arrays and parameters; nothing of torch's or skorch's."""
-        state = super().__getstate__().copy()
-        if self.__sklearn_is_fitted__():
-            state["net_"] = packed(self.net_)
-            state["device_"] = str(self.device_)
-        if "posterior_" in state:
-            state["posterior_"] = self.posterior_.packed()
-        if "simplification_" in state:
-            state["simplification_"] = dict(state["simplification_"])
-        return {**state, "_sklearn_softeq_version": __version__}
-
-    def __setstate__(self, state):
-        state = dict(state)
-        check_version(state.pop("_sklearn_softeq_version", "unknown"), type(self).__name__)
-        net = state.pop("net_", None)
-        super().__setstate__(state)
-        if net is not None:
-            self.device_ = present_device(state["device_"], self.device)
-            self.net_ = unpacked(net, self)
-        if "posterior_" in state:
-            self.posterior_ = Posterior.unpacked(state["posterior_"]).to(self.device_)
-        if "simplification_" in state:
-            self.simplification_ = Bunch(**state["simplification_"])
-
-    @property
-    def module_(self):
-        """The net's network; a property, so that no copy of it is ever pickled beside the net."""
-        return self.net_.module_
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X, y, sample_weight=None):
@@ -535,21 +490,28 @@ class SoftEquivariantClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstim
         Raises
         ------
         ValueError
-            For bad data, shapes or parameters, before any training; and when the loss becomes
-            infinite or NaN, which leaves the estimator unfitted.
+            For bad data, shapes or parameters, before any training, and if ``checkpoint_dir`` holds
+            another fit; and when the loss becomes infinite or NaN, which leaves the estimator
+            unfitted.
+        OSError
+            If nothing can be written to ``checkpoint_dir``, before any training.
 
         Warns
         -----
         ConvergenceWarning
             If the evidence had not settled by ``max_epochs``.
+        UserWarning
+            If a checkpoint is damaged or cannot be written, or was made with another number of
+            threads.
         """
         previous = self.net_ if self.warm_start and self.__sklearn_is_fitted__() else None
         classes = self.classes_ if previous else None
         tasks = self._tasks(X, y, sample_weight)
         with self._unchanged_on_error():
             data = self._shared(X, y, sample_weight, classes)
-            net = self._build_net(data, previous, tasks=tasks)
-        self._train(net, data)
+            run = self._run(data, previous)
+            net = self._build_net(data, previous, run, tasks=tasks)
+        self._train(net, data, run)
         self._warn_if_not_converged()
         if tasks is not None:
             tasks.ended()
@@ -598,47 +560,6 @@ class SoftEquivariantClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstim
         self._train(net, data)
         return self
 
-    @contextmanager
-    def _unchanged_on_error(self):
-        """A call that is refused leaves the estimator as it was."""
-        before = dict(vars(self))
-        try:
-            yield
-        except BaseException:
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            raise
-
-    def _train(self, net: SoftEquivariantNet, data: TrainingData) -> None:
-        """Train and record; what fails half way must not pass for a fitted model."""
-        self.n_observations_ = data.n_observations
-        net.course.keeps_curvature = self.predictive == "laplace"
-        try:
-            net.partial_fit(data)
-            net.callbacks_ = [entry for entry in net.callbacks_ if entry[0] != "tasks"]
-            self._record(net, data)
-        except BaseException:
-            for name in [name for name in vars(self) if name.endswith("_")]:
-                delattr(self, name)
-            raise
-
-    def _shared(self, *data, **options) -> TrainingData:
-        """Checked data, which all processes have been given alike."""
-        if alone():
-            return self._prepare(*data, **options)
-        processes = joined(resolve_device(self.device))
-        return processes.alike(lambda: self._prepare(*data, **options), self._fingerprint)
-
-    def _fingerprint(self, data: TrainingData) -> str:
-        """Differs where the data, their order or a parameter that is a plain value do."""
-        found = hashlib.sha256()
-        for column in (data.inputs, data.targets, data.weights):
-            found.update(column.cpu().numpy().tobytes())
-        plain = (str, int, float, bool, tuple)
-        parameters = {k: v for k, v in self.get_params().items() if isinstance(v, plain)}
-        found.update(repr((self.classes_.tolist(), sorted(parameters.items()))).encode())
-        return found.hexdigest()
-
     def _prepare(self, X, y, sample_weight, classes, first=True) -> TrainingData:
         """Check everything that a user passes; the rows of positive weight on the device."""
         check_names(self.pathways, PATHWAYS, "pathways")
@@ -654,6 +575,10 @@ class SoftEquivariantClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstim
             shape = check_same_shape(found, self.image_shape_)
         classes = np.unique(y) if classes is None else classes
         codes = encode(y, classes)
+        digests = {}
+        if self.checkpoint_dir is not None:
+            counts = check_weights(sample_weight, X, y, classes, None)
+            digests = data_digests(X, y, counts, shape)
         weights = check_weights(sample_weight, X, y, classes, self.class_weight)
         # A row of weight zero is no observation: without it the fit is the same to the last bit.
         present = weights > 0
@@ -670,115 +595,8 @@ class SoftEquivariantClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstim
             torch.tensor(codes, device=device),
             torch.tensor(weights, dtype=inputs.dtype, device=device),
             float(seen),
+            digests,
         )
-
-    def _set_standardizer(self, X: np.ndarray, weights: np.ndarray, n_channels: int) -> None:
-        """Weighted mean and deviation of each channel."""
-        self.channel_mean_, self.channel_scale_ = np.zeros(n_channels), np.ones(n_channels)
-        if not self.standardize:
-            return
-        pixels = X.reshape(len(X), n_channels, -1)  # (n, C, X)
-        mean = np.average(pixels.mean(2, dtype=np.float64), axis=0, weights=weights)  # (C,)
-        parts = np.array_split(pixels, len(X) // 4096 + 1)  # bounds the float64 copies
-        spread = [np.square(part - mean[:, None]).mean(2) for part in parts]
-        scale = np.sqrt(np.average(np.concatenate(spread), axis=0, weights=weights))
-        # What varies by no more than rounding is constant, and is left at its own scale.
-        constant = scale <= 10 * np.finfo(X.dtype).eps * np.abs(mean)
-        self.channel_mean_, self.channel_scale_ = mean, np.where(constant, 1.0, scale)
-
-    def _as_images(self, X: np.ndarray) -> torch.Tensor:
-        """Standardised images (n, C, H, W) on the CPU, in the dtype of the computation."""
-        dtype = {"float32": np.float32, "float64": np.float64}.get(self.dtype, X.dtype)
-        if self.dtype == "auto" and (self.device_.type != "cpu" or self.amp is not None):
-            dtype = np.float32
-        images = X.reshape(len(X), *self.image_shape_)
-        mean, scale = (
-            figure.astype(X.dtype)[:, None, None]
-            for figure in (self.channel_mean_, self.channel_scale_)
-        )
-        return torch.from_numpy(((images - mean) / scale).astype(dtype, copy=False))
-
-    def _tasks(self, X, y, sample_weight) -> FitTasks | None:
-        """What tells scikit-learn's callbacks about a fit, if there are any."""
-        if not vars(self).get("_skl_callbacks"):
-            return None
-        return FitTasks(self, X, y, sample_weight, self._so_far, self.max_epochs)
-
-    def _so_far(self, net: SoftEquivariantNet) -> dict[str, Any]:
-        """What makes a copy of the estimator predict as its net does now."""
-        return {"net_": unpacked(packed(net), self), "n_iter_": len(net.history)}
-
-    def _build_net(self, data, previous, endless=False, tasks=None) -> SoftEquivariantNet:
-        """A net that is ready to train, from a random start or from a previous net."""
-        seeds = check_random_state(self.random_state).randint(2**31 - 1, size=5).tolist()
-        # random_state=None is another one in each process.
-        seeds = Seeds(*joined(self.device_).agreed(seeds))
-        assembly = Assembly(self, data, seeds, tasks)
-        if previous is not None:
-            return assembly.further(previous, endless)
-        self.symmetry_trials_, net = assembly.first(endless)
-        return net
-
-    def _record(self, net: SoftEquivariantNet, data: TrainingData) -> None:
-        """Set the fitted attributes."""
-        log_precision = net.prior_.log_precision.cpu()
-        dimensions = net.laplace_.effective_dimensions(log_precision)
-        evidence = net.laplace_.evidence(log_precision).value
-        self._set_posterior(net)
-        linear_term = net.linear_term_ / data.n_observations
-        del net.laplace_, net.linear_term_  # the spectra have served
-        network = net.module_
-        self.net_ = net
-        self.__dict__.pop("simplification_", None)  # of what it was before
-        losses = [row["train_loss"] for row in net.history if "train_loss" in row]
-        self.n_iter_, self.loss_curve_ = len(losses), np.array(losses)
-        self.start_ = net.course.start.name
-        self.history_ = _evaluations(net)
-        self.log_marginal_likelihood_value_ = evidence
-        self.evidence_linear_term_ = linear_term
-        self.scores_ = (
-            self.history_["log_marginal_likelihood"] if self.learn_prior else np.array([evidence])
-        )
-        removed = net.removed_tensors()
-        self.prior_precisions_by_name_ = {
-            name: np.inf if name in removed else value
-            for name, value in net.prior_.precisions().items()
-        }
-        self.lengthscales_by_name_ = {
-            name: math.exp(-interpolation.log_omega.item())
-            for name, interpolation in network.interpolations.items()
-            if f"{name}.weight" in net.enabled_tensors()
-        }
-        self.layer_names_ = layer_names(network)
-        self.pathway_names_ = pathway_names(network)
-        self.prior_precision_ = precision_table(network, net.prior_.precisions())
-        self.effective_dimensions_ = sum_table(network, dimensions)
-        sizes = {name: tensor.numel() for name, tensor in network.named_parameters()}
-        self.n_weights_ = sum_table(network, sizes).astype(np.int64)
-        self.symmetry_, self.symmetry_per_weight_ = dimension_shares(
-            self.effective_dimensions_, self.n_weights_, enabled_table(network)
-        )
-        self.output_share_ = output_shares(network, data.in_order(rows_of_a_pass(network)))
-
-    def _set_posterior(self, net: SoftEquivariantNet) -> None:
-        """Keep the posterior if predictions are to use it."""
-        self.__dict__.pop("posterior_", None)  # of an earlier fit
-        if self.predictive == "laplace":
-            dtype = next(net.module_.parameters()).dtype
-            self.posterior_ = Posterior.from_curvature(
-                net.laplace_.factors, net.prior_.precisions(), dtype
-            )
-
-    def _warn_if_not_converged(self) -> None:
-        if self.net_.course.capped and joined(self.device_).rank == 0:
-            figure = "log evidence" if self.learn_prior else "log joint"
-            warnings.warn(
-                f"The {figure} had not settled when training had to end at max_epochs="
-                f"{self.max_epochs}. Raise max_epochs, or tol ({self.tol} nats per observation) "
-                "if this is good enough.",
-                ConvergenceWarning,
-                stacklevel=4,  # past scikit-learn's wrapper, to the caller of fit
-            )
 
     def decision_function(self, X):
         """Log odds of the probabilities of ``predict_proba``.
@@ -867,12 +685,6 @@ class SoftEquivariantClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstim
             self.predictive_temperature,
         )
 
-    def _new_images(self, X) -> torch.Tensor:
-        X, _, found = check_images(self, X, reset=False)
-        check_same_shape(found, self.image_shape_)
-        dtype = next(self.module_.parameters()).dtype
-        return self._as_images(X).to(dtype)
-
     def simplify(self, X, threshold=0.01, tol=1e-3):
         """A copy without the pathways that the evidence has switched off.
 
@@ -939,10 +751,3 @@ class SoftEquivariantClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstim
             raise ValueError(f"group={group!r} is not known. Choose one of {sorted(GROUPS)}.")
         batches = self._new_images(X).to(self.device_).split(rows_of_a_pass(self.module_))
         return Bunch(**equivariance_errors(self.module_, batches, GROUPS[group])._asdict())
-
-
-def _evaluations(net: SoftEquivariantNet) -> dict[str, np.ndarray]:
-    rows = [row for row in net.history if "log_marginal_likelihood" in row]
-    terms = ("log_likelihood", "scatter", "log_det_ratio", "log_marginal_likelihood")
-    columns = ("epoch", "n_observations", *terms, "curvature", "curvature_rows")
-    return {column: np.array([row[column] for row in rows]) for column in columns}

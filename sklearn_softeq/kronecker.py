@@ -6,6 +6,7 @@ Evidence needs nothing of it but the eigenvalues λ of A_b and μ of Γ_b.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "Kronecker",
     "Root",
     "Spectrum",
+    "decomposed",
     "dense",
     "eigenbasis",
     "spectra",
@@ -262,6 +264,23 @@ def spectra(
             for factor, tangent in sides
         )
         found[name] = Spectrum(left, right, d_left, d_right)
+    return found
+
+
+def decomposed(factors: Mapping[str, Factor]) -> dict[int, torch.Tensor]:
+    """Eigenvalues by the identity of their factor, for the ``known`` of :func:`spectra`.
+
+    Each factor is decomposed by itself: among others of its size the last digits hang on where in
+    memory it comes to lie, and so on which others there are.
+
+    Raises
+    ------
+    ValueError
+        As of :func:`spectra`.
+    """
+    found: dict[int, torch.Tensor] = {}
+    for name, factor in factors.items():
+        found |= _eigenvalues({id(factor): (name, factor)})
     return found
 
 

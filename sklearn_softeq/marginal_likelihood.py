@@ -219,12 +219,26 @@ class Ascent:
     def step(self, vector: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """One step from a vector along a gradient."""
         if self._adam is None or len(vector) != len(self._vector):
-            self._vector = vector.clone()
-            self._adam = torch.optim.Adam([self._vector], lr=self.rate, eps=self.eps, maximize=True)
+            self._adam = self._begun(vector)
         self._vector.copy_(vector)
         self._vector.grad = gradient
         self._adam.step()
         return self._vector.clamp(*self.bounds)
+
+    def _begun(self, vector: torch.Tensor) -> torch.optim.Adam:
+        self._vector = vector.clone()
+        return torch.optim.Adam([self._vector], lr=self.rate, eps=self.eps, maximize=True)
+
+    def memory(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | None:
+        """What the next step needs of those before, for :meth:`recall`."""
+        return None if self._adam is None else (self._vector, dict(self._adam.state[self._vector]))
+
+    def recall(self, memory: tuple[torch.Tensor, dict[str, torch.Tensor]] | None) -> None:
+        """Go on from a :meth:`memory`."""
+        self._adam = None
+        if memory is not None:
+            self._adam = self._begun(memory[0])
+            self._adam.state[self._vector] = dict(memory[1])
 
 
 class AdamSolver:

@@ -5,7 +5,7 @@ kilobytes, and holds no class of skorch's or torch's that a loader would have to
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,13 +15,11 @@ import torch
 from ._version import __version__
 from .assembly import Assembly, Seeds
 from .batches import TrainingData
-from .groups import P1, POINT_GROUPS
-from .schedules import JointStart, LearningRate, Start, SymmetricStart
+from .checkpoint import columns, plain_start, rows, start_from
+from .schedules import LearningRate
 from .training import SoftEquivariantNet
 
 __all__ = ["check_version", "packed", "unpacked"]
-
-_GROUPS = {group.name: group for group in (P1, *POINT_GROUPS.values())}
 
 
 def packed(net: SoftEquivariantNet) -> dict[str, Any]:
@@ -41,9 +39,9 @@ def packed(net: SoftEquivariantNet) -> dict[str, Any]:
             for name, value in net.module_.state_dict().items()
         },
         "log_precision": net.prior_.log_precision.cpu().numpy(),
-        "history": _columns(net.history),
+        "history": columns(net.history),
         "course": {
-            "start": _plain_start(course.start),
+            "start": plain_start(course.start),
             "rate": asdict(course.rate),
             "holding": course.holding,
             "endless": course.endless,
@@ -74,7 +72,7 @@ def unpacked(state: Mapping[str, Any], clf: Any) -> SoftEquivariantNet:
     no_rows = TrainingData(inputs, torch.empty(0), torch.empty(0), clf.n_observations_)
     course = state["course"]
     net = Assembly(owner, no_rows, Seeds(*state["seeds"])).resumed(
-        _start(course["start"]), course["holding"], course["endless"]
+        start_from(course["start"]), course["holding"], course["endless"]
     )
     net.discard(
         (layer, name)
@@ -89,7 +87,7 @@ def unpacked(state: Mapping[str, Any], clf: Any) -> SoftEquivariantNet:
         }
     )
     net.prior_.log_precision.copy_(torch.tensor(state["log_precision"]))
-    net.history_.extend(_rows(state["history"]))
+    net.history_.extend(rows(state["history"]))
     net.course.rate = LearningRate(**course["rate"])
     if net.course.endless:  # the moments of the optimizer have to be found again
         net.course.rate.rewarm(len(net.history))
@@ -120,39 +118,3 @@ def check_version(found: str, name: str) -> None:
 
 def _extra(state: Mapping[str, Any], layer: str) -> dict[str, Any]:
     return state["network"][f"{layer}._extra_state"]
-
-
-def _plain_start(start: Start) -> dict[str, Any] | None:
-    if isinstance(start, JointStart):
-        return None
-    group = None if start.group is None else start.group.name
-    return {"group": group, "released": dict(start.released), "low": dict(start.low)}
-
-
-def _start(found: Mapping[str, Any] | None) -> Start:
-    if found is None:
-        return JointStart()
-    group = _GROUPS.get(found["group"])
-    return SymmetricStart(group, released=dict(found["released"]), low=dict(found["low"]))
-
-
-def _columns(history: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures of the epochs by name, with the rows that have them; not those of batches."""
-    rows = list(history)
-    names = dict.fromkeys(name for row in rows for name in row if name != "batches")
-    places = {name: [i for i, row in enumerate(rows) if name in row] for name in names}
-    return {
-        "n_epochs": len(rows),
-        "figures": {
-            name: (np.array(where), np.array([rows[i][name] for i in where]))
-            for name, where in places.items()
-        },
-    }
-
-
-def _rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = [{"batches": []} for _ in range(columns["n_epochs"])]
-    for name, (where, values) in columns["figures"].items():
-        for i, value in zip(where.tolist(), values.tolist(), strict=True):
-            rows[i][name] = value
-    return rows

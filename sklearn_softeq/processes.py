@@ -51,6 +51,21 @@ class Processes:
         dist.broadcast_object_list(box)
         return box[0]
 
+    def by_first(self, find: Callable[[], Any]) -> Any:
+        """What the first process finds; an error of its is raised in all."""
+        if self.size == 1:
+            return find()
+        found, error = None, None
+        if self.rank == 0:
+            try:
+                found = find()
+            except (ValueError, OSError) as raised:
+                error = raised
+        found, error = self.agreed((found, error))
+        if error is not None:
+            raise error
+        return found
+
     def gathered(self, value: Any) -> list[Any]:
         """The values of all processes, in the order of their ranks."""
         if self.size == 1:

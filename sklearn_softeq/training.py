@@ -20,6 +20,7 @@ from .devices import full_precision
 from .hyperparameters import LayerwisePrior
 from .kfac import KFAC
 from .layers import PathwaySum
+from .posterior import Posterior
 from .processes import ALONE, joined
 from .states import restore, state_of
 
@@ -65,7 +66,7 @@ OPTIMIZERS = {
 AMP_DTYPES = {"bf16": torch.bfloat16}
 
 #: Names of the callbacks that training consists of; all others are the user's.
-OWN_CALLBACKS = ("evidence", "preconditioner", "trial", "course", "tasks")
+OWN_CALLBACKS = ("evidence", "preconditioner", "trial", "course", "tasks", "checkpoint")
 
 
 class DivergedError(ValueError):
@@ -347,6 +348,22 @@ class SoftEquivariantNet(NeuralNet):
             name: scale * total - precisions[name] * tensor.detach()
             for (name, tensor), total in zip(tensors.items(), sums, strict=True)
         }
+
+    def outcome(self, data: TrainingData) -> dict[str, Any]:
+        """What the last evidence of a training has said; its spectra have then served."""
+        log_precision, laplace = self.prior_.log_precision.cpu(), self.laplace_
+        found = {
+            "effective_dimensions": laplace.effective_dimensions(log_precision),
+            "evidence": laplace.evidence(log_precision).value,
+            "linear_term": self.linear_term_ / data.n_observations,
+            "posterior": None,
+        }
+        if self.course.keeps_curvature:
+            dtype = next(self.module_.parameters()).dtype
+            factors, precisions = laplace.factors, self.prior_.precisions()
+            found["posterior"] = Posterior.from_curvature(factors, precisions, dtype).packed()
+        del self.laplace_, self.linear_term_
+        return found
 
     def enabled_tensors(self) -> dict[str, torch.Tensor]:
         """The named parameters without those of pathways that are switched off."""
