@@ -34,6 +34,7 @@ from .validation import (
     check_names,
     check_same_shape,
     check_weights,
+    distinct_rows,
     encode,
     resolve_device,
     resolve_image_shape,
@@ -480,8 +481,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         sample_weight : array-like of shape (n,), default=None
             How many observations each row stands for. Weights are counts: their sum is N in the
             prior and in the evidence, so weights that sum to 1 mean a single observation. A row of
-            weight 2 makes the same batches as one row does, so that it comes to the same as two
-            equal rows to the last digits only where all rows are one batch (``batch_size``).
+            weight 2 comes to the same as two equal rows, to the last bit. The order of the rows
+            makes no difference either.
 
         Returns
         -------
@@ -580,9 +581,7 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
             counts = check_weights(sample_weight, X, y, classes, None)
             digests = data_digests(X, y, counts, shape)
         weights = check_weights(sample_weight, X, y, classes, self.class_weight)
-        # A row of weight zero is no observation: without it the fit is the same to the last bit.
-        present = weights > 0
-        X, codes, weights = X[present], codes[present], weights[present]
+        X, codes, weights = distinct_rows(X, codes, weights)
         self.classes_, self.image_shape_, self.device_ = classes, shape, device
         if first:
             self._set_standardizer(X, weights, shape[0])

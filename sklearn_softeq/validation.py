@@ -4,6 +4,7 @@ Rows are flattened before scikit-learn sees them, so that its own checks and mes
 images too; the shape of the images is kept beside them.
 """
 
+import hashlib
 import warnings
 from collections.abc import Collection, Sequence
 from numbers import Integral
@@ -26,6 +27,7 @@ __all__ = [
     "check_names",
     "check_same_shape",
     "check_weights",
+    "distinct_rows",
     "encode",
     "present_device",
     "resolve_device",
@@ -92,6 +94,38 @@ def _list_of_images(rows: Sequence) -> Any:
     except ValueError:
         return rows
     return array if array.ndim in (3, 4) else rows
+
+
+def distinct_rows(
+    X: np.ndarray, codes: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each different row of positive weight once, with the weight of all that are equal to it.
+
+    In an order that hangs on what the rows are and not on where they stood. So two equal rows are
+    one of weight two, a row of weight zero is none, and a fit to the same rows in another order is
+    the same, to the last bit: a long training makes of last bits whatever it likes.
+
+    Parameters
+    ----------
+    X : ndarray of shape (n, features)
+    codes : ndarray of shape (n,)
+        Of the labels; rows are equal if these are, too.
+    weights : ndarray of shape (n,)
+        Not negative.
+
+    Returns
+    -------
+    X, codes, weights : ndarrays of at most n rows
+    """
+    present = weights > 0
+    X, codes, weights = X[present], codes[present], weights[present]
+    keys = b"".join(
+        hashlib.blake2b(np.int64(code).tobytes() + row.tobytes(), digest_size=16).digest()
+        for row, code in zip(X, codes, strict=True)
+    )
+    pairs = np.frombuffer(keys, np.uint64).reshape(-1, 2)
+    _, first, place = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
+    return X[first], codes[first], np.bincount(place.ravel(), weights)
 
 
 def resolve_image_shape(

@@ -1512,3 +1512,14 @@ def test_symmetry_is_kept_or_broken_as_the_task_asks():
     errors = {task: clf.equivariance_error(tasks[task].X_test).logits for task, clf in fits.items()}
     assert errors["digit"] < 0.5 * errors["quadrant"]
     assert strict.score(quadrant.X_test, quadrant.y_test) <= 0.30
+
+
+def test_order_and_repetition_of_rows_make_no_difference(digits):
+    images, labels = digits
+    weights = np.arange(len(labels)) % 3
+    rows = np.random.RandomState(0).permutation(np.repeat(np.arange(len(labels)), weights))
+    settings = {**SHORT, "batch_size": 16}
+    weighted = SoftEquivariantClassifier(**settings).fit(images, labels, sample_weight=weights)
+    repeated = SoftEquivariantClassifier(**settings).fit(images[rows], labels[rows])
+    assert weighted.log_marginal_likelihood_value_ == repeated.log_marginal_likelihood_value_
+    np.testing.assert_array_equal(weighted.predict_proba(images), repeated.predict_proba(images))

@@ -153,6 +153,7 @@ def test_integrals_of_a_row_do_not_depend_on_the_others(dtype, n_samples, pathwa
     assert torch.equal(outputs(beside)[5:20], together[5:20])
 
 
+@pytest.mark.slow
 def test_nor_do_they_with_two_threads(threads):
     threads(2)
     network, posterior = setting(torch.float32)

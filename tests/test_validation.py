@@ -15,6 +15,7 @@ from sklearn_softeq.validation import (
     check_names,
     check_same_shape,
     check_weights,
+    distinct_rows,
     encode,
     resolve_device,
     resolve_image_shape,
@@ -478,3 +479,29 @@ def test_a_gpu_that_is_not_there():
 def test_no_gpu(device):
     with pytest.warns(UserWarning, match="this machine has 0 CUDA devices; the CPU is used"):
         assert resolve_device(device) == torch.device("cpu")
+
+
+# ── distinct rows
+
+
+def canonical(X, codes, weights):
+    return distinct_rows(np.asarray(X, dtype=float), np.array(codes), np.asarray(weights, float))
+
+
+def test_equal_rows_become_one_with_the_sum_of_their_weights():
+    X, codes, weights = canonical([[1], [2], [1], [1], [3]], [0, 0, 0, 1, 0], [1, 2, 0.5, 4, 0])
+    found = sorted(zip(X[:, 0], codes, weights, strict=True))
+    assert found == [(1, 0, 1.5), (1, 1, 4), (2, 0, 2)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_order_and_repetition_of_rows_say_nothing(dtype):
+    rng = np.random.default_rng(0)
+    X, codes, counts = rng.normal(size=(50, 4)).astype(dtype), np.arange(50) % 3, np.arange(50) % 4
+    expected = distinct_rows(X, codes, counts.astype(float))
+    assert len(expected[0]) == (counts > 0).sum()
+    rows = rng.permutation(np.repeat(np.arange(50), counts))
+    found = distinct_rows(X[rows], codes[rows], np.ones(len(rows)))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype
