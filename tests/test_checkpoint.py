@@ -150,7 +150,13 @@ def leaves(value, path="", seen=frozenset()):
 # ── the same end
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("default", "adam", "two symmetries", "lengthscales")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in KINDS],
+)
 def test_a_fit_that_was_broken_off_ends_as_if_it_had_not_been(kind, data, tmp_path):
     settings = {**SHORT, **KINDS[kind]}
     expected = SoftEquivariantClassifier(**settings).fit(*data)
@@ -353,7 +359,7 @@ def test_nothing_of_the_state_is_lost(kind, after, data, tmp_path, monkeypatch):
             [
                 ".course.rate.cooldown_from",
                 ".course.plateau.stale",
-                ".course.start.released.blocks.0.p4_conv.weight",
+                ".course.start.released.blocks.0.conv.weight",
                 ".course.mean.count",
                 ".iterator_train__random_state.state.1",
                 ".prior_._buffers.log_precision",

@@ -197,3 +197,23 @@ def test_a_killed_process_ends_the_others_with_an_error(tmp_path):
     done, found = launch(tmp_path, 2, script=KILLED, random_state=0)  # a timeout would be a hang
     assert done.returncode != 0
     assert not found
+
+
+@pytest.mark.slow
+def test_processes_that_were_killed_go_on_from_the_disk(tmp_path):
+    settings = {"random_state": 0, "curvature": "rademacher", "curvature_subset": 17}
+    for name in ("whole", "killed", "again"):
+        (tmp_path / name).mkdir()
+    _, expected = launch(tmp_path / "whole", 2, **settings)
+    settings["checkpoint_dir"] = str(tmp_path / "run")
+    done, found = launch(tmp_path / "killed", 2, script=KILLED, **settings)
+    assert done.returncode != 0
+    assert not found
+    done, found = launch(tmp_path / "again", 2, verbose=1, **settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("goes on after epoch") == 1  # the first process alone speaks
+    for ours, theirs in zip(found, expected, strict=True):
+        same(ours, theirs, rtol=0)
+    done, _ = launch(tmp_path / "again", 2, **{**settings, "lr": 0.5})
+    assert done.returncode != 0
+    assert done.stderr.count("lr was None and is 0.5") >= 2  # an error in each
