@@ -152,7 +152,13 @@ def leaves(value, path="", seen=frozenset()):
 # ── the same end
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("default", "adam", "two symmetries", "lengthscales")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in KINDS],
+)
 def test_a_fit_that_was_broken_off_ends_as_if_it_had_not_been(kind, data, tmp_path):
     settings = {**SHORT, **KINDS[kind]}
     expected = SoftEquivariantClassifier(**settings).fit(*data)

@@ -511,3 +511,13 @@ def test_a_nan_on_the_diagonal_is_seen():
     matrix[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="'w'.*not finite"):
         spectra({"w": Kronecker(matrix, torch.ones(1, 1, 1, dtype=torch.float64))})
+
+
+def test_a_factor_decomposed_by_itself_hangs_on_no_other():
+    factors = {f"map {i}": torch.randn(1, 9, 9, dtype=torch.float64) for i in range(5)}
+    factors = {name: f @ f.mT for name, f in factors.items()}
+    found = kronecker.decomposed(factors)
+    assert found.keys() == {id(factor) for factor in factors.values()}
+    for name, factor in factors.items():
+        assert torch.equal(kronecker.decomposed({name: factor})[id(factor)], found[id(factor)])
+        torch.testing.assert_close(found[id(factor)], torch.linalg.eigvalsh(factor).clamp_min(0.0))
