@@ -1,19 +1,11 @@
 """scikit-learn's own checks, all of them, on the default classifier and on sets of pathways."""
 
 import pytest
-from sklearn.utils.estimator_checks import (
-    check_estimator,
-    check_sample_weight_equivalence_on_dense_data,
-)
+from sklearn.utils.estimator_checks import check_estimator
 
 from sklearn_softeq import SoftEquivariantClassifier
 
 N_CHECKS = 63  # a classifier with predict_proba, sample_weight and class_weight
-
-#: Weights differ from repetitions in the last bit of a sum. A fast and long training on 15 random
-#: rows with random labels makes more of it than the check's 1e-7; a slow one does not.
-ROUNDING = "check_sample_weight_equivalence_on_dense_data"
-SLOW = {"lr": 0.003, "max_epochs": 80}
 
 
 def statuses(estimator):
@@ -92,18 +84,11 @@ SYMMETRIC = [
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [*SUMS, *OTHERS], ids=str)
 def test_check_estimator_options(options):
-    assert names(statuses(SoftEquivariantClassifier(**{**options, **SHORT}))) <= {ROUNDING}
+    assert statuses(SoftEquivariantClassifier(**{**options, **SHORT})) == set()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", SYMMETRIC, ids=str)
 def test_check_estimator_symmetric_in_two_features(options):
     failed = names(statuses(SoftEquivariantClassifier(**{**options, **SHORT})))
-    assert failed <= {"check_classifiers_train", ROUNDING}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [*SUMS, *OTHERS, *SYMMETRIC], ids=str)
-def test_weights_are_repetitions(options):
-    classifier = SoftEquivariantClassifier(**{**options, **SLOW})
-    check_sample_weight_equivalence_on_dense_data("SoftEquivariantClassifier", classifier)
+    assert failed <= {"check_classifiers_train"}
