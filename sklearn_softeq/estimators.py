@@ -155,8 +155,11 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         of e) does not count either.
     n_iter_no_change : int, default=10
         Evaluations in a row without a rise after which training ends (after a cool-down).
-    keep_best : bool, default=True
-        Return to the state of the best figure seen if the last one is worse.
+    keep_best : bool, default=False
+        Return to the state of the best figure seen if the last one is worse; for rates that do not
+        fall. While the rate is high evidences shake, and the best of them is often of a network
+        that is too sure of itself: with K-FAC, images of 40 classes, an NLL of .54 in place of
+        .21 (docs/design/sums.md).
     batch_size : int or "auto", default="auto"
         Rows of one step, and of one pass in prediction. "auto": 128; of less than 1000 images so
         many that an epoch has eight batches, or of about 16 if those would be smaller, but up to
@@ -169,7 +172,9 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         there with the prior's standard deviation, unless ``lr_schedule="constant"``.
     lr_schedule : {"cooldown", "cosine", "constant"}, default="cooldown"
         "cooldown": warm-up, full rate until convergence, then a cosine to zero over a third of
-        the epochs so far, whose weights are averaged. "cosine": to zero over ``max_epochs`` (the
+        the epochs so far, whose weights are averaged. A mean of weights fits the training data more
+        closely than each of them; its logits are scaled down, if need be, until it fits as the last
+        ones do. "cosine": to zero over ``max_epochs`` (the
         paper). "constant": left to a scheduler among the callbacks, if there is one.
     optimizer : {"kfac", "adam", "sgd"}, default="kfac"
         Of the weights. "kfac" preconditions the gradient with Kronecker factors of the curvature,
@@ -404,7 +409,7 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         max_epochs=400,
         tol=0.01,
         n_iter_no_change=10,
-        keep_best=True,
+        keep_best=False,
         batch_size="auto",
         lr=None,
         lr_schedule="cooldown",

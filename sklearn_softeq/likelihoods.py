@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from scipy.optimize import brentq
 from torch import nn
 
 __all__ = ["Categorical", "Gaussian"]
@@ -68,6 +69,26 @@ class Categorical:
         counts = torch.bincount(targets, weights.double())
         frequencies = counts[counts > 0] / counts.sum()
         return (counts.sum() * (frequencies * frequencies.log()).sum()).item()
+
+    def scale_of_outputs(
+        self,
+        outputs: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        log_likelihood: float,
+    ) -> float:
+        """The factor in (0, 1] of the logits at which Σ_n w_n log p(y_n) comes down to a value.
+
+        That sum is concave in the factor, so there is one where it is above the value at 1, and
+        below at 0; 1 where it is not.
+        """
+        outputs, weights = outputs.double(), weights.double()
+
+        def excess(scale: float) -> float:
+            log_prob = self.log_prob(scale * outputs, targets)
+            return torch.dot(weights, log_prob).item() - log_likelihood
+
+        return brentq(excess, 0.0, 1.0, xtol=1e-9) if excess(1.0) > 0 > excess(0.0) else 1.0
 
     def link(self, outputs: torch.Tensor) -> torch.Tensor:
         """Class probabilities, shape (n, K)."""
@@ -143,6 +164,10 @@ class Gaussian:
         squares = (outputs - targets).square().sum(-1) / self.noise_variance  # (n,)
         normaliser = outputs.shape[-1] * math.log(2 * math.pi * self.noise_variance)
         return -0.5 * (squares + normaliser)
+
+    def scale_of_outputs(self, *_: torch.Tensor | float) -> float:
+        """1: a mean has no scale that says how sure it is; that is the noise."""
+        return 1.0
 
     def link(self, outputs: torch.Tensor) -> torch.Tensor:
         """The mean, shape (n, K)."""

@@ -155,6 +155,12 @@ class SoftEquivariantNetwork(nn.Module):
                 hook.remove()
         return seen
 
+    @torch.no_grad()
+    def scale_outputs(self, factor: float) -> None:
+        """Multiply all outputs f by a number, in the weights of the last map."""
+        for tensor in self.head.get_submodule("output").parameters():
+            tensor.mul_(factor)
+
     def pad(self, images: torch.Tensor) -> torch.Tensor:
         """Centre images (n, C, H, W) on the canvas, on which shifts are cyclic."""
         rows, columns = (self.canvas[i] - images.shape[2 + i] for i in (0, 1))

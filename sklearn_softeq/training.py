@@ -320,6 +320,25 @@ class SoftEquivariantNet(NeuralNet):
             total += torch.dot(weights.double(), log_prob.double()).item()
         return self.processes_.agreed(total)
 
+    @torch.no_grad()
+    def temper(self, log_likelihood: float) -> float:
+        """Scale the outputs down until that of the training data is no higher than this.
+
+        Returns
+        -------
+        float
+            The scale, the same in all processes.
+        """
+        data, rows = self.data_, rows_of_a_pass(self.module_)
+        outputs = torch.cat([self.module_(inputs).cpu() for inputs, *_ in data.in_order(rows)])
+        scale = self.processes_.agreed(
+            self.criterion_.scale_of_outputs(
+                outputs, data.targets.cpu(), data.weights.cpu(), log_likelihood
+            )
+        )
+        self.module_.scale_outputs(scale)
+        return scale
+
     def explained(self) -> float:
         """1 − log p(D | w) / log p(D | the best constant): 0 for a network that ignores its inputs.
 

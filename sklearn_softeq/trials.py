@@ -1,7 +1,7 @@
 """What a network begins with: each symmetry has its trials, and rows held out decide."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -16,8 +16,8 @@ from .training import DivergedError, SoftEquivariantNet
 __all__ = [
     "FEWEST_HELD",
     "HELD_OUT",
-    "JOINT_MARGIN",
     "KNOWN",
+    "MARGIN",
     "N_TRIALS",
     "Trial",
     "best_symmetry",
@@ -36,10 +36,11 @@ FEWEST_HELD = 5
 #: twenty epochs from a bad one, and its symmetry would be judged by that.
 N_TRIALS = 3
 
-#: Part of the entropy of the labels by which all pathways together have to predict better than each
-#: symmetry if training is to begin with them: 0.12 nats of ten classes, about the error of the
-#: score of two hundred rows. Where a symmetry is right it is ahead itself (docs/design/sums.md).
-JOINT_MARGIN = 0.05
+#: Part of the entropy of the labels by which a smaller symmetry has to predict better than a larger
+#: one, and all pathways together better than each, if training is to begin with it: 0.12 nats of ten
+#: classes, about the error of the score of two hundred rows. Where a symmetry is right it is ahead
+#: itself, and what a larger one lacks is released later (docs/design/sums.md).
+MARGIN = 0.05
 
 #: Part of the entropy of the labels that the best of several symmetries has to explain before it is
 #: believed. Until then the order is that in which networks begin to learn, and a larger symmetry
@@ -101,7 +102,8 @@ def best_symmetry(
         From a group, the number of a random start and a callback to a net that begins with that
         group's pathways, or with all for None, for half of the epochs that a trial takes.
     groups : sequence of PointGroup or None
-        Those to be tried, of which one at least is a group; of equals the first one wins.
+        Those to be tried, larger ones first, of which one at least is a group; a later one has to
+        lead by :data:`MARGIN`.
     rate : callable
         A fresh schedule of the learning rate.
     kept, held : TrainingData
@@ -113,7 +115,7 @@ def best_symmetry(
     Returns
     -------
     group : PointGroup or None
-        The best; None only if it is so by :data:`JOINT_MARGIN`, or if it alone predicts better
+        The best: a later one only if it is so by :data:`MARGIN`, or if it alone predicts better
         than the frequencies of the labels.
     net : SoftEquivariantNet
         Its best net, after the trial.
@@ -137,14 +139,14 @@ def best_symmetry(
         n_starts = N_TRIALS if several and group is not None else 1
         tried[group] = _best_start(partial(build, group), n_starts, rate, kept, held)
     joint = tried.pop(None, None)
-    best = max(tried, key=lambda group: tried[group][0].score)
-    constant = _constant(tried[best][1], held)
+    constant = _constant(next(iter(tried.values()))[1], held)
+    best = _first_choice(tried, constant)
     leads = joint is not None and _leads(joint[0].score, tried[best][0].score, constant)
     while several and doublings and not leads and tried[best][0].score < (1 - KNOWN) * constant:
         doublings -= 1
         for trial, net in tried.values():
             _go_on(trial, net, kept)
-        best = max(tried, key=lambda group: tried[group][0].score)
+        best = _first_choice(tried, constant)
     scores = {group.name: trial.score for group, (trial, _) in tried.items() if group is not None}
     if joint is not None:
         scores["joint"] = joint[0].score
@@ -184,9 +186,20 @@ def _constant(net: SoftEquivariantNet, held: TrainingData) -> float:
     return total / held.weights.sum().item()
 
 
-def _leads(joint: float, symmetric: float, constant: float) -> bool:
-    """Whether all pathways together are so far ahead that training begins with them."""
-    return joint - symmetric > -JOINT_MARGIN * constant or symmetric <= constant < joint
+def _first_choice(
+    tried: Mapping[PointGroup, tuple[Trial, SoftEquivariantNet]], constant: float
+) -> PointGroup:
+    """The largest of these symmetries, or one that leads it."""
+    best, *others = tried
+    for group in others:
+        if _leads(tried[group][0].score, tried[best][0].score, constant):
+            best = group
+    return best
+
+
+def _leads(free: float, symmetric: float, constant: float) -> bool:
+    """Whether what has less symmetry is so far ahead that training begins with it."""
+    return free - symmetric > -MARGIN * constant or symmetric <= constant < free
 
 
 def _train(net: SoftEquivariantNet, data: TrainingData) -> None:

@@ -1012,7 +1012,7 @@ def test_the_net_that_was_tried_is_the_one_that_goes_on(digits, best, monkeypatc
 @pytest.mark.parametrize("joint", [True, False])
 def test_all_pathways_begin_where_they_are_far_ahead(digits, joint, monkeypatch):
     monkeypatch.setattr(course, "LEARNT", -np.inf)
-    monkeypatch.setattr(trials, "JOINT_MARGIN", -np.inf if joint else np.inf)
+    monkeypatch.setattr(trials, "MARGIN", -np.inf if joint else np.inf)
     options = {**SEVERAL, "pathways": ("p4_conv", "conv", "factored_fc")}
     clf = SoftEquivariantClassifier(**options).fit(*digits)
     assert list(clf.symmetry_trials_) == ["p4", "p1", "joint"]
@@ -1112,7 +1112,7 @@ def log_det_weight(clf, epoch):
 
 def test_hyper_warmup_counts_epochs_up_to_a_quarter_of_all(digits, monkeypatch):
     # Released in epoch 5 after the trials.
-    monkeypatch.setattr(trials, "JOINT_MARGIN", np.inf)
+    monkeypatch.setattr(trials, "MARGIN", np.inf)
     for warmup, expected in ((10, [0.0, 0.5, 1.0]), (100, [0.0, 1 / 3, 2 / 3]), (0, [1.0] * 3)):
         clf = SoftEquivariantClassifier(**FAST, hyper_warmup=warmup).fit(*digits)
         assert [log_det_weight(clf, epoch) for epoch in (5, 10, 15)] == expected

@@ -1,5 +1,6 @@
 """Densities against torch's; roots and sketches against the Hessian of autograd."""
 
+import math
 from itertools import product
 
 import pytest
@@ -272,3 +273,30 @@ def test_constant_log_likelihood_is_the_best_constant():
     optimizer.step(loss)
     assert found == pytest.approx(-loss().item(), abs=1e-4)
     assert Categorical().constant_log_likelihood(torch.zeros(4, dtype=torch.long), weights[:4]) == 0
+
+
+# ── the scale of logits
+
+
+def test_scale_of_logits_in_closed_form():
+    # Two classes, margins m = ±2: log p = −log(1 + exp(−s m)).
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    targets, weights = torch.tensor([0, 1]), torch.tensor([1.0, 3.0], dtype=torch.float64)
+    for scale in (0.1, 0.5, 0.99):
+        value = -4 * math.log1p(math.exp(-2 * scale))
+        found = CATEGORICAL.scale_of_outputs(logits, targets, weights, value)
+        assert found == pytest.approx(scale, abs=1e-8)
+
+
+def test_logits_are_not_scaled_up_or_away():
+    logits, targets = random_logits(), torch.tensor([0, 1, 2, 3, 4, 0])
+    logits[range(6), targets] = logits.max() + 1.0  # right, but not sure
+    weights = torch.ones(6, dtype=torch.float64)
+    reached = CATEGORICAL.log_prob(logits, targets).sum().item()
+    for value in (reached, reached + 1.0, -6 * math.log(5), -1e9):
+        assert CATEGORICAL.scale_of_outputs(logits, targets, weights, value) == 1.0
+
+
+def test_a_mean_has_no_scale_to_bring_down():
+    outputs = torch.randn(3, 2)
+    assert Gaussian().scale_of_outputs(outputs, outputs, torch.ones(3), -1e3) == 1.0

@@ -13,7 +13,7 @@ from skorch.callbacks import Callback
 from sklearn_softeq import trials
 from sklearn_softeq.groups import P1, P4, PM
 from sklearn_softeq.schedules import LearningRate, SymmetricStart
-from sklearn_softeq.trials import HELD_OUT, JOINT_MARGIN, N_TRIALS, Trial, best_symmetry
+from sklearn_softeq.trials import HELD_OUT, MARGIN, N_TRIALS, Trial, best_symmetry
 
 PATHWAYS = ("p4_conv", "pm_conv", "conv")
 EPOCHS = 8
@@ -138,7 +138,7 @@ def test_all_together_need_a_margin(symmetric, lead, best, monkeypatch):
     kept, held = parts()
     entropy = entropy_of(held)
     symmetric = symmetric * entropy
-    joint = symmetric + lead * JOINT_MARGIN * entropy
+    joint = symmetric + lead * MARGIN * entropy
     given_scores(monkeypatch, [-6.0, symmetric, -3.0, joint])  # a lone symmetry has one start
 
     def build(group, number, trial):
@@ -148,6 +148,32 @@ def test_all_together_need_a_margin(symmetric, lead, best, monkeypatch):
     assert group is best
     assert len(net.history) == 2 * EPOCHS
     assert found == {"p1": symmetric, "joint": joint}
+
+
+@pytest.mark.parametrize(
+    ("leads", "best"),
+    [
+        # Of quarter turns, the reflection and shifts alone, in units of the margin.
+        ((0.0, 0.9, 1.5), P1),
+        ((0.0, 0.9, 0.9), P4),
+        ((0.0, 1.1, 1.9), PM),
+        ((0.0, 1.1, 2.2), P1),
+        ((0.0, -0.5, 0.9), P4),
+    ],
+)
+def test_a_smaller_symmetry_needs_a_margin(leads, best, monkeypatch):
+    kept, held = parts()
+    entropy = entropy_of(held)
+    scores = [(lead * MARGIN - 0.4) * entropy for lead in leads]
+    monkeypatch.setattr(trials, "N_TRIALS", 1)
+    given_scores(monkeypatch, [score for score in scores for _ in range(2)])
+
+    def build(group, number, trial):
+        return trial_net(trial, group=group, pathways=PATHWAYS)
+
+    group, _, found = best_symmetry(build, (P4, PM, P1), rate, kept, held)
+    assert group is best
+    assert list(found.values()) == scores
 
 
 def entropy_of(data):
