@@ -37,9 +37,9 @@ FEWEST_HELD = 5
 N_TRIALS = 3
 
 #: Part of the entropy of the labels by which a smaller symmetry has to predict better than a larger
-#: one, and all pathways together better than each, if training is to begin with it: 0.12 nats of ten
-#: classes, about the error of the score of two hundred rows. Where a symmetry is right it is ahead
-#: itself, and what a larger one lacks is released later (docs/design/sums.md).
+#: one, and all pathways together better than each, if training is to begin with it: 0.12 nats of
+#: ten classes, about the error of the score of two hundred rows. Where a symmetry is right it is
+#: ahead itself, and what a larger one lacks is released later (docs/design/sums.md).
 MARGIN = 0.05
 
 #: Part of the entropy of the labels that the best of several symmetries has to explain before it is
