@@ -1,0 +1,150 @@
+"""What does a search with one hold-out cost and lose against five-fold cross-validation?
+
+Ten candidates on scikit-learn's digits, 1000 images to choose and fit with and 797 to test, five
+seeds with splits and starts of their own. ``GridSearchCV`` with one stratified split, a tenth held
+out (100 rows), as the user guide recommends; the same with five folds; and without any row held
+out, by the evidence (``marginal_likelihood_score``). All candidates are fitted to all 1000 as well,
+which says how good each choice is: its regret is the test NLL of its choice less that of the best
+candidate. Seconds are of the processor, of all fits and scores of a search and of the fit of its
+choice to all rows. A fit that is there is left out of a further run.
+
+    python benchmarks/search.py [--seeds N ...] [--max-epochs N] [--output PATH] [--report]
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import Results, mark_row, print_marks, print_table, standard_error
+from sklearn.datasets import load_digits
+from sklearn.metrics import log_loss
+from sklearn.model_selection import (
+    ParameterGrid,
+    StratifiedKFold,
+    StratifiedShuffleSplit,
+    train_test_split,
+)
+
+from sklearn_softeq import SoftEquivariantClassifier
+
+OUTPUT = Path(__file__).with_suffix(".json")
+N_FIT = 1000
+GRID = {
+    "pathways": ["conv", "factored_fc", "p4_conv", ("conv", "factored_fc"), ("p4_conv", "conv")],
+    "width": [2, 4],
+}
+CANDIDATES = list(ParameterGrid(GRID))
+SPLITS = {
+    "one hold-out": lambda seed: StratifiedShuffleSplit(1, test_size=0.1, random_state=seed),
+    "five folds": lambda seed: StratifiedKFold(5, shuffle=True, random_state=seed),
+}
+RECOMMENDED, USUAL, EVIDENCE = "one hold-out", "five folds", "evidence"
+
+
+def split(seed):
+    """Images and digits to choose and fit with, and to test with."""
+    X, y = load_digits(return_X_y=True)
+    return train_test_split(X, y, train_size=N_FIT, stratify=y, random_state=seed)
+
+
+def fit_of(candidate, seed, cap, search=None, fold=0):
+    """Log loss of what one fit of a search, or the fit to all rows, has not seen, and its time."""
+    X, X_test, y, y_test = split(seed)
+    if search is not None:
+        kept, held = list(SPLITS[search](seed).split(X, y))[fold]
+        X, X_test, y, y_test = X[kept], X[held], y[kept], y[held]
+    parameters = {} if cap is None else {"max_epochs": cap}
+    start = time.process_time()
+    clf = SoftEquivariantClassifier(random_state=seed, **candidate, **parameters).fit(X, y)
+    nll = log_loss(y_test, clf.predict_proba(X_test), labels=clf.classes_)
+    seconds = time.process_time() - start
+    return {
+        "nll": round(nll, 4),
+        "evidence": round(clf.log_marginal_likelihood_value_ / len(y), 4),
+        "epochs": clf.n_iter_,
+        "seconds": round(seconds, 1),
+    }
+
+
+def name_of(candidate):
+    """A candidate in words."""
+    pathways = candidate["pathways"]
+    pathways = pathways if isinstance(pathways, str) else " + ".join(pathways)
+    return f"{pathways}, width {candidate['width']}"
+
+
+def searches(kept, seed, cap):
+    """What each search chose, its regret and its time; None while fits are missing."""
+    whole = [kept(candidate, seed, cap) for candidate in CANDIDATES]
+    of_search = {
+        name: [
+            [kept(candidate, seed, cap, name, fold) for fold in range(make(seed).get_n_splits())]
+            for candidate in CANDIDATES
+        ]
+        for name, make in SPLITS.items()
+    }
+    if None in whole or any(None in folds for found in of_search.values() for folds in found):
+        return None
+    nll = np.array([fit["nll"] for fit in whole])
+    found = {}
+    for name, candidates in of_search.items():
+        chosen = int(np.argmin([np.mean([fit["nll"] for fit in folds]) for folds in candidates]))
+        seconds = sum(fit["seconds"] for folds in candidates for fit in folds)
+        found[name] = chosen, nll[chosen] - nll.min(), seconds + whole[chosen]["seconds"]
+    chosen = int(np.argmax([fit["evidence"] for fit in whole]))
+    found[EVIDENCE] = chosen, nll[chosen] - nll.min(), sum(fit["seconds"] for fit in whole)
+    return found
+
+
+def report(found):
+    """A row for each way to choose, and the marks."""
+    rows = []
+    for name in (RECOMMENDED, USUAL, EVIDENCE):
+        chosen, regret, seconds = zip(*(of_seed[name] for of_seed in found), strict=True)
+        regret = np.array(regret)
+        rows.append(
+            (
+                name,
+                f"{regret.mean():.3f} ± {standard_error(regret):.3f}",
+                f"{np.median(seconds):.0f}",
+                "; ".join(name_of(CANDIDATES[place]) for place in chosen),
+            )
+        )
+    print_table(("chosen by", "regret, nats", "seconds, median", "choices"), rows)
+    ratio = np.median([of_seed[USUAL][2] / of_seed[RECOMMENDED][2] for of_seed in found])
+    regret = np.mean([of_seed[RECOMMENDED][1] for of_seed in found])
+    print_marks(
+        [
+            mark_row("search", "seconds of five folds / one hold-out, median", ratio, "≥", 4.0),
+            mark_row("search", "regret of one hold-out, nats", regret, "≤", 0.02),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--max-epochs", type=int, help="a smaller cap of the epochs")
+    parser.add_argument("--output", default=OUTPUT, help="where results go (beside this file)")
+    parser.add_argument("--report", action="store_true", help="tables of what is there, no fits")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = Results(options.output)
+
+    def kept(candidate, seed, cap, *of_search):
+        """A fit from the file, or a new one."""
+        rows = ", ".join(map(str, of_search)) or "all rows"
+        key = f"seed {seed}, {name_of(candidate)}, {rows}"
+        key += "" if cap is None else f", max_epochs={cap}"
+        if key not in results.by_key and options.report:
+            return None
+        if key not in results.by_key:
+            print(f"  {key}", flush=True)
+        return results.get(key, lambda: fit_of(candidate, seed, cap, *of_search))
+
+    done = [searches(kept, seed, options.max_epochs) for seed in options.seeds]
+    whole = [found for found in done if found is not None]
+    if whole:
+        report(whole)
