@@ -24,8 +24,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit, train_test_split
 
-from sklearn_softeq import SoftEquivariantClassifier
-from sklearn_softeq.model_selection import marginal_likelihood_score
+from sklearn_softeq import SoftEquivariantClassifier, marginal_likelihood_score
 
 MAX_EPOCHS = int(os.environ.get("SOFTEQ_MAX_EPOCHS", "80"))
 
@@ -49,10 +48,10 @@ print(f"{search.score(X_test, y_test):.3f} the score that decided, of the test i
 # %%
 # What the evidence says of the same fits
 # ---------------------------------------
-# It sums over all images that a network was fitted to and needs none held out, but it is an estimate
-# at one optimum, and networks of different form differ in how good an estimate it is. Here both like
-# the sums best; of the convolutions alone one has the evidence of the other, and a third of its
-# loss.
+# It sums over all images that a network was fitted to and needs none held out, but it is an
+# estimate at one optimum, and networks of different form differ in how good an estimate it is. Here
+# both like the sums best; of the convolutions alone one has the evidence of the other, and a third
+# of its loss.
 
 import matplotlib.pyplot as plt
 
