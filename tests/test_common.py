@@ -43,11 +43,7 @@ def test_check_estimator_laplace():
 # Rows of f features are images of one row, for a group with quarter turns on a square canvas: f²
 # pixels, at which a network of few channels must do.
 SUMS = [
-    {"pathways": ("fc",)},
-    {"pathways": ("factored_fc",)},
     {"pathways": ("sparse_fc",), "anchor_fraction": 1.0},
-    {"pathways": ("conv", "fc")},
-    {"pathways": ("fc", "factored_fc")},
     {"pathways": ("conv", "fc", "factored_fc")},
     {
         "pathways": ("conv", "sparse_conv", "fc", "factored_fc", "sparse_fc", "pm_conv"),
@@ -73,9 +69,6 @@ OTHERS = [
 # blobs of check_classifiers_train cannot be told apart by one.
 SYMMETRIC = [
     {"pathways": "conv"},
-    {"pathways": "sparse_conv"},
-    {"pathways": "pm_conv", "width": 2},
-    {"pathways": "p4_conv", "width": 2},
     {"pathways": "p4m_conv", "width": 2},
     {"pathways": "sparse_fc"},  # one anchor for two pixels
 ]
