@@ -85,7 +85,9 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         data. (A scaler per pixel would destroy the symmetry that is looked for.)
     learn_prior : bool, default=True
         False trains to the mode at the fixed precision ``prior_precision``; the evidence is
-        evaluated once, at the end.
+        evaluated once, at the end. True: where the training images are fitted to a mean loss below
+        0.005 nats, the logits are scaled down to that in the end. From images that leave nothing
+        open neither precisions nor evidence can tell what it would cost to be so sure.
     learn_lengthscale : bool, default=False
         Also learn, by the evidence, the lengthscales of the interpolations of sparse pathways,
         one of each map. False, or ``learn_prior=False``, leaves them at one pixel.
@@ -172,9 +174,7 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         there with the prior's standard deviation, unless ``lr_schedule="constant"``.
     lr_schedule : {"cooldown", "cosine", "constant"}, default="cooldown"
         "cooldown": warm-up, full rate until convergence, then a cosine to zero over a third of
-        the epochs so far, whose weights are averaged. A mean of weights fits the training data more
-        closely than each of them; its logits are scaled down, if need be, until it fits as the last
-        ones do. "cosine": to zero over ``max_epochs`` (the
+        the epochs so far, whose weights are averaged. "cosine": to zero over ``max_epochs`` (the
         paper). "constant": left to a scheduler among the callbacks, if there is one.
     optimizer : {"kfac", "adam", "sgd"}, default="kfac"
         Of the weights. "kfac" preconditions the gradient with Kronecker factors of the curvature,
