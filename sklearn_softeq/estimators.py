@@ -501,23 +501,32 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
             unfitted.
         OSError
             If nothing can be written to ``checkpoint_dir``, before any training.
+        MemoryError
+            If memory runs out in training, which leaves the estimator unfitted; it says what to
+            lower. What torch raised is its cause.
+        KeyboardInterrupt
+            At Ctrl-C, if the estimator is a clone, as the fits of searches and ensembles are, if
+            several processes train together, or before the first evidence is over; and at a second
+            one. The estimator is as it was before the call.
 
         Warns
         -----
         ConvergenceWarning
             If the evidence had not settled by ``max_epochs``.
         UserWarning
-            If a checkpoint is damaged or cannot be written, or was made with another number of
-            threads.
+            If Ctrl-C broke off the training: the estimator is fitted then, with the state of the
+            last evidence. If a checkpoint is damaged or cannot be written, or was made with another
+            number of threads.
         """
         previous = self.net_ if self.warm_start and self.__sklearn_is_fitted__() else None
         classes = self.classes_ if previous else None
         tasks = self._tasks(X, y, sample_weight)
-        with self._unchanged_on_error():
-            data = self._shared(X, y, sample_weight, classes)
-            run = self._run(data, previous)
-            net = self._build_net(data, previous, run, tasks=tasks)
-        self._train(net, data, run)
+        with self._unchanged_on_error(KeyboardInterrupt):
+            with self._unchanged_on_error():
+                data = self._shared(X, y, sample_weight, classes)
+                run = self._run(data, previous)
+                net = self._build_net(data, previous, run, tasks=tasks)
+            self._train(net, data, run)
         self._warn_if_not_converged()
         if tasks is not None:
             tasks.ended()
@@ -553,6 +562,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         ValueError
             As in ``fit``; if classes are missing in the first call, differ from it, or lack a
             label.
+        MemoryError
+            As in ``fit``.
         """
         previous = self.net_ if self.__sklearn_is_fitted__() else None
         classes = check_classes(classes, self.classes_ if previous else None)
@@ -649,6 +660,13 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         ------
         ValueError
             With ``predictive="laplace"`` after a fit without it; all that predicts raises it.
+        MemoryError, torch.OutOfMemoryError, RuntimeError
+            What torch raises if memory does not do for 16 rows at a time.
+
+        Warns
+        -----
+        UserWarning
+            If memory did not do for as many rows at a time as were to be taken; fewer were.
         """
         return self._outputs(X).softmax(1).numpy()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from .memory import in_fewer_rows
 from .posterior import TILE, Posterior, output_covariance, rows_of_a_prediction
 
 __all__ = ["PREDICTIVES", "laplace_outputs", "log_odds", "map_outputs", "moderated", "sampled"]
@@ -29,7 +30,8 @@ def map_outputs(network: nn.Module, inputs: torch.Tensor, batch_size: int) -> to
 
     Every batch is padded to one number of rows, a multiple of 16: matrix products choose their
     order of summation by the shapes, and another one for rows at the edge of a tile, so only then
-    a row's result does not depend, to the last bit, on the rows that it is predicted with.
+    a row's result does not depend, to the last bit, on the rows that it is predicted with. Where
+    memory runs out that number is halved, for all rows of the call; last digits may be others then.
 
     Parameters
     ----------
@@ -39,6 +41,16 @@ def map_outputs(network: nn.Module, inputs: torch.Tensor, batch_size: int) -> to
         On the CPU; batches are moved to the device of the network.
     batch_size : int
         Rows in one pass, rounded up to a multiple of 16.
+
+    Raises
+    ------
+    MemoryError, torch.OutOfMemoryError, RuntimeError
+        What memory that does not do for 16 rows raises.
+
+    Warns
+    -----
+    UserWarning
+        If memory did not do for so many rows.
     """
     return _in_batches(lambda rows: network(rows), network, inputs, -(-batch_size // TILE) * TILE)
 
@@ -54,7 +66,8 @@ def laplace_outputs(
     """Outputs whose softmax is the predictive of the linearised network, (n, K), float64.
 
     p(y | x) = ∫ softmax(f) N(f | f*, T C) df, in closed form or by samples. Batches are as in
-    :func:`map_outputs`, of so many rows as their sizes allow.
+    :func:`map_outputs`, of so many rows as their sizes allow; so is what happens, is raised and
+    warned of where memory runs out.
 
     Parameters
     ----------
@@ -103,12 +116,16 @@ def _in_batches(
 ) -> torch.Tensor:
     """What a function finds for the rows of each batch, all padded to one number of rows."""
     device = next(network.parameters()).device
-    found = []
-    for batch in inputs.split(n_rows):
-        padded = batch.new_zeros(n_rows, *batch.shape[1:])
-        padded[: len(batch)] = batch
-        found.append(outputs(padded.to(device))[: len(batch)].cpu().double())
-    return torch.cat(found)
+
+    def of_all(n_rows: int) -> torch.Tensor:
+        found = []
+        for batch in inputs.split(n_rows):
+            padded = batch.new_zeros(n_rows, *batch.shape[1:])
+            padded[: len(batch)] = batch
+            found.append(outputs(padded.to(device))[: len(batch)].cpu().double())
+        return torch.cat(found)
+
+    return in_fewer_rows(of_all, n_rows, TILE)
 
 
 def moderated(logits: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ ORDER = (
     # ground
     "devices",
     "processes",
+    "memory",
     "records",
     "groups",
     "anchors",
@@ -82,7 +83,18 @@ HOMES = {
 }
 
 # Test modules that follow a question and not a module.
-TESTS_OF_THEIR_OWN = {"common", "architecture", "examples", "docs", "lengthscales", "gpu"}
+TESTS_OF_THEIR_OWN = {
+    "common",
+    "architecture",
+    "examples",
+    "docs",
+    "lengthscales",
+    "gpu",
+    "interrupts",
+    "faults",
+    "properties",
+    "imports",
+}
 
 # They know a tensor's name and the contract of its map, and nothing of the layer that has it.
 BLIND = {
