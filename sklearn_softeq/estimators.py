@@ -27,6 +27,7 @@ from .symmetry import (
     equivariance_errors,
 )
 from .training import AMP_DTYPES, OPTIMIZERS
+from .twins import twin_of
 from .validation import (
     check_classes,
     check_images,
@@ -772,4 +773,5 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         if group not in list(GROUPS):
             raise ValueError(f"group={group!r} is not known. Choose one of {sorted(GROUPS)}.")
         batches = self._new_images(X).to(self.device_).split(rows_of_a_pass(self.module_))
-        return Bunch(**equivariance_errors(self.module_, batches, GROUPS[group])._asdict())
+        network = twin_of(self.module_)  # what the layers see is found out by hooks
+        return Bunch(**equivariance_errors(network, batches, GROUPS[group])._asdict())

@@ -8,6 +8,7 @@ from torch import nn
 
 from .memory import in_fewer_rows
 from .posterior import TILE, Posterior, output_covariance, rows_of_a_prediction
+from .twins import twin_of
 
 __all__ = ["PREDICTIVES", "laplace_outputs", "log_odds", "map_outputs", "moderated", "sampled"]
 
@@ -95,6 +96,7 @@ def laplace_outputs(
     # A shift of all logits changes no probability, and the data do not determine it: without it
     # the prior's large variance of a mean logit does not drown that of their differences.
     directions = eye - 1.0 / n_outputs
+    network = twin_of(network)  # what the maps see is found out by hooks
 
     def outputs(rows: torch.Tensor) -> torch.Tensor:
         found, covariance = output_covariance(network, posterior, rows, directions, closed)

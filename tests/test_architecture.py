@@ -20,6 +20,7 @@ ORDER = (
     "devices",
     "processes",
     "memory",
+    "twins",
     "records",
     "groups",
     "anchors",
