@@ -20,6 +20,7 @@ from .groups import GROUPS
 from .layers import PATHWAYS
 from .marginal_likelihood import HYPER_SOLVERS
 from .networks import ACTIVATIONS, ARCHITECTURES
+from .onnx_export import exported
 from .predictive import PREDICTIVES, laplace_outputs, log_odds, map_outputs
 from .schedules import LR_SCHEDULES, STARTS
 from .simplification import simplified
@@ -743,6 +744,39 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         """
         check_is_fitted(self)
         return simplified(self, X, threshold, tol)
+
+    def export_onnx(self, path):
+        """Write the network as an ONNX graph, which other runtimes compute without Python.
+
+        Its input ``images``, float32 of shape (n, C, H, W) for any n, are images as ``fit`` takes
+        them (rows of features have to be brought into this shape); standardisation is part of the
+        graph. Its output ``probabilities``, float32 of shape (n, K), are those of
+        ``predict_proba`` with ``predictive="map"``, but for rounding. Where two of the grids that
+        a strided layer chooses from are as large as each other, rounding may choose the other one.
+        Pathways that are off are left out. The metadata hold ``classes``, as JSON.
+
+        Needs the extra ``onnx``: ``pip install 'sklearn-softeq[onnx]'``.
+
+        Parameters
+        ----------
+        path : str or path-like
+            File to be written, usually with the ending ``.onnx``.
+
+        Returns
+        -------
+        str or path-like
+            ``path``.
+
+        Raises
+        ------
+        ImportError
+            If the packages onnx and onnxscript are not installed.
+        ValueError
+            With ``predictive="laplace"``.
+        """
+        check_is_fitted(self)
+        exported(self).save(path)
+        return path
 
     def equivariance_error(self, X, group="translation"):
         """How far the layers and the whole network are from commuting with a group.

@@ -53,6 +53,7 @@ def map_outputs(network: nn.Module, inputs: torch.Tensor, batch_size: int) -> to
     UserWarning
         If memory did not do for so many rows.
     """
+    network = twin_of(network).eval()  # the mode in which maps keep to one order of summation
     return _in_batches(lambda rows: network(rows), network, inputs, -(-batch_size // TILE) * TILE)
 
 
@@ -96,7 +97,7 @@ def laplace_outputs(
     # A shift of all logits changes no probability, and the data do not determine it: without it
     # the prior's large variance of a mean logit does not drown that of their differences.
     directions = eye - 1.0 / n_outputs
-    network = twin_of(network)  # what the maps see is found out by hooks
+    network = twin_of(network).eval()  # as above; what the maps see is found out by hooks
 
     def outputs(rows: torch.Tensor) -> torch.Tensor:
         found, covariance = output_covariance(network, posterior, rows, directions, closed)

@@ -59,6 +59,7 @@ ORDER = (
     # surface
     "progress",
     "simplification",
+    "onnx_export",
     "assembly",
     "persistence",
     "base",
