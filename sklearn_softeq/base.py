@@ -262,6 +262,7 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
             self.effective_dimensions_, self.n_weights_, enabled_table(network)
         )
         self.output_share_ = output_shares(network, data.in_order(rows_of_a_pass(network)))
+        network.eval()
 
     def _warn_if_not_converged(self) -> None:
         """Say so, too, if it was an interrupt that ended training."""

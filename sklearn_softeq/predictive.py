@@ -53,7 +53,8 @@ def map_outputs(network: nn.Module, inputs: torch.Tensor, batch_size: int) -> to
     UserWarning
         If memory did not do for so many rows.
     """
-    network = twin_of(network).eval()  # the mode in which maps keep to one order of summation
+    if network.training:
+        network = twin_of(network).eval()  # the mode in which maps keep to one order of summation
     return _in_batches(lambda rows: network(rows), network, inputs, -(-batch_size // TILE) * TILE)
 
 

@@ -204,6 +204,7 @@ class SoftEquivariantNet(NeuralNet):
         self.data_, self.weight_sum_, self.stop_ = X, X.weights.sum(), False
         self.processes_ = joined(X.inputs.device)
         self.compiled_ = torch.compile(self.module_.forward) if self.compiled else None
+        self.module_.train()
         self.update_decay()
         try:
             with suppress(_StopTraining), self._ended_by_interrupt():
