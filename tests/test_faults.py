@@ -15,6 +15,16 @@ SHORT = {"max_epochs": 3, "burn_in": 1, "evidence_every": 1, "width": 2, "random
 #: What an error of training says: which part left the finite numbers, and what to do.
 SAID = "became (nan|inf|infinite).*Lower lr, keep standardize=True, or look for values of extreme"
 
+#: The default one is asked in the quick tests.
+each_optimizer = pytest.mark.parametrize(
+    "optimizer",
+    [
+        "kfac",
+        pytest.param("adam", marks=pytest.mark.slow),
+        pytest.param("sgd", marks=pytest.mark.slow),
+    ],
+)
+
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
 
@@ -52,7 +62,7 @@ def assert_finite_or_refused(clf, X, y, refused=True):
         assert_finite(clf, X)
 
 
-@pytest.mark.parametrize("optimizer", ["kfac", "adam", "sgd"])
+@each_optimizer
 @pytest.mark.parametrize("standardize", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
@@ -129,15 +139,16 @@ def test_labels_of_one_class(y):
     assert clf.log_marginal_likelihood_value_ <= 0.0
 
 
-@pytest.mark.parametrize("n", [1000, 1200])
-def test_a_thousand_classes_of_one_image_each(n):
-    X, y = images_of(n, n_classes=1000)
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The number of unique classes is greater than 50%:UserWarning")
+def test_a_thousand_classes_of_an_image_or_two_each():
+    X, y = images_of(1200, n_classes=1000)
     clf = SoftEquivariantClassifier(**{**SHORT, "max_epochs": 1, "burn_in": 1}).fit(X, y)
     assert_finite(clf, X[:50])
     assert clf.predict_proba(X[:3]).shape == (3, 1000)
 
 
-@pytest.mark.parametrize("optimizer", ["kfac", "adam", "sgd"])
+@each_optimizer
 @pytest.mark.parametrize("weights", [(1e-12, 1e12), (1e12, 1e12), (1e-12, 1e-12), (0.0, 1e12)])
 def test_class_weights_of_any_size(weights, optimizer):
     X, y = images_of()
@@ -147,7 +158,7 @@ def test_class_weights_of_any_size(weights, optimizer):
     assert clf.n_observations_ == pytest.approx(20 * sum(weights))
 
 
-@pytest.mark.parametrize("optimizer", ["kfac", "adam", "sgd"])
+@each_optimizer
 def test_sample_weights_of_all_sizes(optimizer):
     X, y = images_of()
     weights = np.geomspace(1e-12, 1e12, len(X))
