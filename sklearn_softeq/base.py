@@ -20,6 +20,7 @@ from .assembly import Assembly, Seeds
 from .batches import TrainingData
 from .budget import rows_of_a_pass
 from .checkpoint import Checkpoint, Run, identity, open_run, restore, start_from
+from .memory import advises_on_memory
 from .persistence import check_version, packed, unpacked
 from .posterior import Posterior
 from .processes import alone, joined
@@ -63,8 +64,9 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
 
     def __sklearn_clone__(self):
         twin = super().__sklearn_clone__()
-        if self.checkpoint_dir is not None:
-            twin._is_clone = True  # its fits may be many at a time: each has a folder of its own
+        # Its fits may be some of a search's: each has a folder of its own, and an interrupt is
+        # meant for all.
+        twin._is_clone = True
         return twin
 
     def __getstate__(self):
@@ -98,20 +100,22 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         return self.net_.module_
 
     @contextmanager
-    def _unchanged_on_error(self):
+    def _unchanged_on_error(self, error: type[BaseException] = BaseException):
         """A call that is refused leaves the estimator as it was."""
         before = dict(vars(self))
         try:
             yield
-        except BaseException:
+        except error:
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
 
+    @advises_on_memory
     def _train(self, net: SoftEquivariantNet, data: TrainingData, run: Run | None = None) -> None:
         """Train and record; what fails half way must not pass for a fitted model."""
         self.n_observations_ = data.n_observations
         net.course.keeps_curvature = self.predictive == "laplace"
+        net.ends_on_interrupt_ = "_is_clone" not in vars(self)
         try:
             if run is not None and run.outcome is not None:
                 self._record(net, data, run.outcome)
@@ -120,7 +124,7 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
             net.callbacks_ = [entry for entry in net.callbacks_ if entry[0] != "tasks"]
             outcome = net.outcome(data)
             self._record(net, data, outcome)
-            if run is not None:
+            if run is not None and not net.interrupted_:  # else it can go on
                 run.keep(net, self.symmetry_trials_, outcome)
         except BaseException:
             for name in [name for name in vars(self) if name.endswith("_")]:
@@ -198,6 +202,7 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         is_clone = "_is_clone" in vars(self)
         return open_run(self.checkpoint_dir, found, is_clone, joined(self.device_))
 
+    @advises_on_memory
     def _build_net(self, data, previous, run=None, endless=False, tasks=None) -> SoftEquivariantNet:
         """A net that is ready to train: from a random start, a previous net or a state on disk."""
         seeds = check_random_state(self.random_state).randint(2**31 - 1, size=5).tolist()
@@ -257,8 +262,20 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
             self.effective_dimensions_, self.n_weights_, enabled_table(network)
         )
         self.output_share_ = output_shares(network, data.in_order(rows_of_a_pass(network)))
+        network.eval()
 
     def _warn_if_not_converged(self) -> None:
+        """Say so, too, if it was an interrupt that ended training."""
+        if self.net_.interrupted_:
+            further = "" if self.checkpoint_dir is None else " To go on with it, call fit again."
+            warnings.warn(
+                f"An interrupt (Ctrl-C) broke off training in epoch {self.net_.interrupted_} of at "
+                f"most {self.max_epochs}. The model is fitted with the state of the last evidence "
+                f"before it.{further}",
+                UserWarning,
+                stacklevel=4,
+            )
+            return
         if self.net_.course.capped and joined(self.device_).rank == 0:
             figure = "log evidence" if self.learn_prior else "log joint"
             warnings.warn(

@@ -18,7 +18,7 @@ from .budget import EXACT_COLUMNS, CurvaturePlan, rows_of_a_pass
 from .curvature import Estimator, input_factors, kronecker_factors
 from .hyperparameters import squared_norms
 from .kfac import KFAC
-from .kronecker import Factor, decomposed, spectra
+from .kronecker import Factor, UnsolvedError, decomposed, spectra
 from .marginal_likelihood import Evidence, LaplaceEvidence, LengthscaleSolver, Solver
 from .schedules import JointStart, LearningRate, Plateau, Start, fix_gauge, restart_jointly
 from .states import State, WeightMean, restore, state_of
@@ -71,7 +71,8 @@ class EvidenceStep(Callback):
     Attributes
     ----------
     state : State or None
-        That of the last evaluation, with the mean weights and the precisions that came of it.
+        That of the last evaluation, with the mean weights and the precisions that came of it; None
+        before the first one of the present model.
     ramp_from : int
         Epoch with which the ramp begins, below 0 if a part of it was before.
     """
@@ -287,6 +288,8 @@ def _finite(net: SoftEquivariantNet) -> Iterator[None]:
     """Where a curvature that is not finite is found out."""
     try:
         yield
+    except UnsolvedError as error:
+        raise net.diverged("The curvature has eigenvalues that no solver finds") from error
     except ValueError as error:
         raise net.diverged("The curvature became infinite or NaN") from error
 
@@ -450,9 +453,11 @@ class Course(Callback):
 
     def _decide(self, net: SoftEquivariantNet, epoch: int) -> None:
         if self.holding:
+            another = self._restarted(net, epoch) or self._released(net, epoch)
             self.holding = False
-            if self._restarted(net, epoch) or self._released(net, epoch):
+            if another:
                 # Another model from here on: what was reached before is no measure for it.
+                self.evidence.state = None
                 self.rate.rewarm(epoch)
                 self.evidence.ramp_from = epoch
                 net.update_decay()
@@ -520,6 +525,23 @@ class Course(Callback):
         log_precision = net.prior_.log_precision.cpu()
         net.linear_term_ = last.linear_term(net.log_joint_gradients(), log_precision)
         net.laplace_ = last if self.keeps_curvature else replace(last, factors={})
+
+    def broken_off(self, net: SoftEquivariantNet) -> bool:
+        """Bring back the state of the last evidence, to end with; whether there is one to keep.
+
+        There is none before the first one is over, and in single epochs. If it was that of the
+        burn-in, or evidences are not computed, present weights are what there is.
+        """
+        complete = sum("train_loss" in row for row in net.history)
+        if self.endless or self.holding or complete < self.evidence.burn_in:
+            return False
+        if self.evidence.state is not None:
+            layers = net.module_.layers.values()
+            gone = [(b, name) for b in layers for name in b.pathways if b.removed(name)]
+            restore(net.module_, net.prior_, self.evidence.state)
+            for block, name in gone:  # by what that evidence said
+                block.remove(name)
+        return True
 
     def _average(self, net: SoftEquivariantNet) -> None:
         """Take the mean weights of the cool-down; with a learned prior, no surer than may be."""

@@ -20,6 +20,7 @@ from .groups import GROUPS
 from .layers import PATHWAYS
 from .marginal_likelihood import HYPER_SOLVERS
 from .networks import ACTIVATIONS, ARCHITECTURES
+from .onnx_export import exported
 from .predictive import PREDICTIVES, laplace_outputs, log_odds, map_outputs
 from .schedules import LR_SCHEDULES, STARTS
 from .simplification import simplified
@@ -27,6 +28,7 @@ from .symmetry import (
     equivariance_errors,
 )
 from .training import AMP_DTYPES, OPTIMIZERS
+from .twins import twin_of
 from .validation import (
     check_classes,
     check_images,
@@ -501,23 +503,32 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
             unfitted.
         OSError
             If nothing can be written to ``checkpoint_dir``, before any training.
+        MemoryError
+            If memory runs out in training, which leaves the estimator unfitted; it says what to
+            lower. What torch raised is its cause.
+        KeyboardInterrupt
+            At Ctrl-C, if the estimator is a clone, as the fits of searches and ensembles are, if
+            several processes train together, or before the first evidence is over; and at a second
+            one. The estimator is as it was before the call.
 
         Warns
         -----
         ConvergenceWarning
             If the evidence had not settled by ``max_epochs``.
         UserWarning
-            If a checkpoint is damaged or cannot be written, or was made with another number of
-            threads.
+            If Ctrl-C broke off the training: the estimator is fitted then, with the state of the
+            last evidence. If a checkpoint is damaged or cannot be written, or was made with another
+            number of threads.
         """
         previous = self.net_ if self.warm_start and self.__sklearn_is_fitted__() else None
         classes = self.classes_ if previous else None
         tasks = self._tasks(X, y, sample_weight)
-        with self._unchanged_on_error():
-            data = self._shared(X, y, sample_weight, classes)
-            run = self._run(data, previous)
-            net = self._build_net(data, previous, run, tasks=tasks)
-        self._train(net, data, run)
+        with self._unchanged_on_error(KeyboardInterrupt):
+            with self._unchanged_on_error():
+                data = self._shared(X, y, sample_weight, classes)
+                run = self._run(data, previous)
+                net = self._build_net(data, previous, run, tasks=tasks)
+            self._train(net, data, run)
         self._warn_if_not_converged()
         if tasks is not None:
             tasks.ended()
@@ -553,6 +564,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         ValueError
             As in ``fit``; if classes are missing in the first call, differ from it, or lack a
             label.
+        MemoryError
+            As in ``fit``.
         """
         previous = self.net_ if self.__sklearn_is_fitted__() else None
         classes = check_classes(classes, self.classes_ if previous else None)
@@ -649,6 +662,13 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         ------
         ValueError
             With ``predictive="laplace"`` after a fit without it; all that predicts raises it.
+        MemoryError, torch.OutOfMemoryError, RuntimeError
+            What torch raises if memory does not do for 16 rows at a time.
+
+        Warns
+        -----
+        UserWarning
+            If memory did not do for as many rows at a time as were to be taken; fewer were.
         """
         return self._outputs(X).softmax(1).numpy()
 
@@ -725,6 +745,39 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         check_is_fitted(self)
         return simplified(self, X, threshold, tol)
 
+    def export_onnx(self, path):
+        """Write the network as an ONNX graph, which other runtimes compute without Python.
+
+        Its input ``images``, float32 of shape (n, C, H, W) for any n, are images as ``fit`` takes
+        them (rows of features have to be brought into this shape); standardisation is part of the
+        graph. Its output ``probabilities``, float32 of shape (n, K), are those of
+        ``predict_proba`` with ``predictive="map"``, but for rounding. Where two of the grids that
+        a strided layer chooses from are as large as each other, rounding may choose the other one.
+        Pathways that are off are left out. The metadata hold ``classes``, as JSON.
+
+        Needs the extra ``onnx``: ``pip install 'sklearn-softeq[onnx]'``.
+
+        Parameters
+        ----------
+        path : str or path-like
+            File to be written, usually with the ending ``.onnx``.
+
+        Returns
+        -------
+        str or path-like
+            ``path``.
+
+        Raises
+        ------
+        ImportError
+            If the packages onnx and onnxscript are not installed.
+        ValueError
+            With ``predictive="laplace"``.
+        """
+        check_is_fitted(self)
+        exported(self).save(path)
+        return path
+
     def equivariance_error(self, X, group="translation"):
         """How far the layers and the whole network are from commuting with a group.
 
@@ -754,4 +807,5 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         if group not in list(GROUPS):
             raise ValueError(f"group={group!r} is not known. Choose one of {sorted(GROUPS)}.")
         batches = self._new_images(X).to(self.device_).split(rows_of_a_pass(self.module_))
-        return Bunch(**equivariance_errors(self.module_, batches, GROUPS[group])._asdict())
+        network = twin_of(self.module_)  # what the layers see is found out by hooks
+        return Bunch(**equivariance_errors(network, batches, GROUPS[group])._asdict())

@@ -185,6 +185,10 @@ def _inverse(factor: torch.Tensor, damping: torch.Tensor) -> tuple[torch.Tensor,
         damped = part.to(torch.float64, copy=True)
         damped.diagonal(dim1=1, dim2=2).add_(damping)
         root, info = torch.linalg.cholesky_ex(damped)
-        found.append(torch.cholesky_inverse(root).to(factor.dtype))
+        try:
+            inverse = torch.cholesky_inverse(root)
+        except torch.linalg.LinAlgError:  # of a root with a zero on its diagonal
+            inverse = torch.full_like(root, torch.nan)
+        found.append(inverse.to(factor.dtype))
         failed.append(info.any() | ~torch.isfinite(found[-1]).all())
     return torch.cat(found), torch.stack(failed).any()

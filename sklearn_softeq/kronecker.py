@@ -21,6 +21,7 @@ __all__ = [
     "Kronecker",
     "Root",
     "Spectrum",
+    "UnsolvedError",
     "decomposed",
     "dense",
     "eigenbasis",
@@ -34,6 +35,10 @@ TOGETHER = 2**20
 #: Size of a factor beyond which steps of the weights make do without its inverse, which takes the
 #: cube of it.
 LARGEST_INVERTED = 1024
+
+
+class UnsolvedError(ValueError):
+    """A matrix is finite, but no solver finds its eigenvalues."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,12 +172,25 @@ def _eigenvectors(block: Factor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues (r,) and eigenvectors (d, r) of one block; those left out have eigenvalue 0."""
     if isinstance(block, Root):
         rows = block.rows[0].double()
-        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        values, vectors = _eigh(rows @ rows.T)
         there = values > 1e-12 * values[-1]  # others are rounding
         values = values[there]
         return values, rows.T @ vectors[:, there] * values.rsqrt()
-    values, vectors = torch.linalg.eigh(block[0].double())
+    values, vectors = _eigh(block[0].double())
     return values.clamp_min(0.0), vectors
+
+
+def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues and eigenvectors; by the CPU's solver where that of another device fails."""
+    try:
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        where = matrix.device
+    try:
+        values, vectors = torch.linalg.eigh(matrix.cpu())
+    except torch.linalg.LinAlgError as error:
+        raise _unsolved("one of the tensors", matrix) from error
+    return values.to(where), vectors.to(where)
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,11 +307,11 @@ def _moving(factor: Factor, tangent: torch.Tensor, name: str) -> tuple[torch.Ten
     matrix, tangent = (m.to("cpu", torch.float64) for m in (dense(factor), tangent))
     try:
         values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
-        raise _not_finite(name) from None
+    except torch.linalg.LinAlgError as error:
+        raise _unsolved(repr(name), matrix) from error
     slopes = (vectors * (tangent @ vectors)).sum(-2)
     if not torch.isfinite(values).all():
-        raise _not_finite(name)
+        raise _unsolved(repr(name), matrix)
     return values.clamp_min(0.0), slopes
 
 
@@ -336,14 +354,17 @@ def _checked(values: torch.Tensor, matrix: torch.Tensor, name: str) -> torch.Ten
     if not torch.isfinite(values).all():
         values = _solved(matrix.to("cpu", torch.float64))
     if not torch.isfinite(values).all():
-        raise _not_finite(name)
+        raise _unsolved(repr(name), matrix)
     return values.clamp_min(0.0)
 
 
-def _not_finite(name: str) -> ValueError:
-    return ValueError(
-        f"The eigenvalues of the curvature factor of {name!r} could not be computed: "
-        "the factor is not finite. Lower the learning rate or scale the inputs."
+def _unsolved(whose: str, matrix: torch.Tensor) -> ValueError:
+    finite = bool(torch.isfinite(matrix).all())
+    why = "the solver fails in float64, too" if finite else "the factor is not finite"
+    kind = UnsolvedError if finite else ValueError
+    return kind(
+        f"The eigenvalues of the curvature factor of {whose} could not be computed: "
+        f"{why}. Lower the learning rate or scale the inputs."
     )
 
 

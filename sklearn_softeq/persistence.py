@@ -96,6 +96,7 @@ def unpacked(state: Mapping[str, Any], clf: Any) -> SoftEquivariantNet:
     net.course.evidence.ramp_from = course["ramp_from"]
     for name, found in zip(("random", "augment"), state["random_states"], strict=True):
         getattr(net, f"iterator_train__{name}_state").set_state(found)
+    net.module_.eval()
     return net
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from .memory import in_fewer_rows
 from .posterior import TILE, Posterior, output_covariance, rows_of_a_prediction
+from .twins import twin_of
 
 __all__ = ["PREDICTIVES", "laplace_outputs", "log_odds", "map_outputs", "moderated", "sampled"]
 
@@ -29,7 +31,8 @@ def map_outputs(network: nn.Module, inputs: torch.Tensor, batch_size: int) -> to
 
     Every batch is padded to one number of rows, a multiple of 16: matrix products choose their
     order of summation by the shapes, and another one for rows at the edge of a tile, so only then
-    a row's result does not depend, to the last bit, on the rows that it is predicted with.
+    a row's result does not depend, to the last bit, on the rows that it is predicted with. Where
+    memory runs out that number is halved, for all rows of the call; last digits may be others then.
 
     Parameters
     ----------
@@ -39,7 +42,19 @@ def map_outputs(network: nn.Module, inputs: torch.Tensor, batch_size: int) -> to
         On the CPU; batches are moved to the device of the network.
     batch_size : int
         Rows in one pass, rounded up to a multiple of 16.
+
+    Raises
+    ------
+    MemoryError, torch.OutOfMemoryError, RuntimeError
+        What memory that does not do for 16 rows raises.
+
+    Warns
+    -----
+    UserWarning
+        If memory did not do for so many rows.
     """
+    if network.training:
+        network = twin_of(network).eval()  # the mode in which maps keep to one order of summation
     return _in_batches(lambda rows: network(rows), network, inputs, -(-batch_size // TILE) * TILE)
 
 
@@ -54,7 +69,8 @@ def laplace_outputs(
     """Outputs whose softmax is the predictive of the linearised network, (n, K), float64.
 
     p(y | x) = ∫ softmax(f) N(f | f*, T C) df, in closed form or by samples. Batches are as in
-    :func:`map_outputs`, of so many rows as their sizes allow.
+    :func:`map_outputs`, of so many rows as their sizes allow; so is what happens, is raised and
+    warned of where memory runs out.
 
     Parameters
     ----------
@@ -82,6 +98,7 @@ def laplace_outputs(
     # A shift of all logits changes no probability, and the data do not determine it: without it
     # the prior's large variance of a mean logit does not drown that of their differences.
     directions = eye - 1.0 / n_outputs
+    network = twin_of(network).eval()  # as above; what the maps see is found out by hooks
 
     def outputs(rows: torch.Tensor) -> torch.Tensor:
         found, covariance = output_covariance(network, posterior, rows, directions, closed)
@@ -103,12 +120,16 @@ def _in_batches(
 ) -> torch.Tensor:
     """What a function finds for the rows of each batch, all padded to one number of rows."""
     device = next(network.parameters()).device
-    found = []
-    for batch in inputs.split(n_rows):
-        padded = batch.new_zeros(n_rows, *batch.shape[1:])
-        padded[: len(batch)] = batch
-        found.append(outputs(padded.to(device))[: len(batch)].cpu().double())
-    return torch.cat(found)
+
+    def of_all(n_rows: int) -> torch.Tensor:
+        found = []
+        for batch in inputs.split(n_rows):
+            padded = batch.new_zeros(n_rows, *batch.shape[1:])
+            padded[: len(batch)] = batch
+            found.append(outputs(padded.to(device))[: len(batch)].cpu().double())
+        return torch.cat(found)
+
+    return in_fewer_rows(of_all, n_rows, TILE)
 
 
 def moderated(logits: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:

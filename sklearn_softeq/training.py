@@ -6,8 +6,8 @@ else happens, from evidences to the end, is up to the callbacks of :mod:`sklearn
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,7 +66,7 @@ OPTIMIZERS = {
 AMP_DTYPES = {"bf16": torch.bfloat16}
 
 #: Names of the callbacks that training consists of; all others are the user's.
-OWN_CALLBACKS = ("evidence", "preconditioner", "trial", "course", "tasks", "checkpoint")
+OWN_CALLBACKS = ("evidence", "preconditioner", "trial", "progress", "course", "tasks", "checkpoint")
 
 
 class DivergedError(ValueError):
@@ -97,6 +97,8 @@ class SoftEquivariantNet(NeuralNet):
     """
 
     processes_ = ALONE  # but for the time of training
+    ends_on_interrupt_ = False  #: whether an interrupt ends training, if there is a state to keep
+    interrupted_ = 0  #: the epoch in which it did
     compiled_: Callable | None = None
     origin: tuple[dict[str, Any], tuple]  #: parameters and seeds of the estimator it was built for
 
@@ -193,14 +195,19 @@ class SoftEquivariantNet(NeuralNet):
         self.course.evidence.forget()
 
     def partial_fit(self, X, y=None, classes=None, **fit_params):
-        """Train on a :class:`TrainingData`; an interrupt is not swallowed, unlike skorch's."""
+        """Train on a :class:`TrainingData`; an interrupt is not swallowed, unlike skorch's.
+
+        Unless ``ends_on_interrupt_`` is set: then the first one ends training as the end of the
+        last epoch does, and ``interrupted_`` is the epoch, if the course finds a state to keep.
+        """
         # Kept during training only.
         self.data_, self.weight_sum_, self.stop_ = X, X.weights.sum(), False
         self.processes_ = joined(X.inputs.device)
         self.compiled_ = torch.compile(self.module_.forward) if self.compiled else None
+        self.module_.train()
         self.update_decay()
         try:
-            with suppress(_StopTraining):
+            with suppress(_StopTraining), self._ended_by_interrupt():
                 self.notify("on_train_begin", X=X, y=y)
                 self.fit_loop(X, y, **fit_params)
             with suppress(_StopTraining):
@@ -208,6 +215,18 @@ class SoftEquivariantNet(NeuralNet):
         finally:
             del self.data_, self.decay_, self.weight_sum_, self.processes_, self.compiled_
         return self
+
+    @contextmanager
+    def _ended_by_interrupt(self) -> Iterator[None]:
+        """Where an interrupt is the end of training, if there is anything to keep."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            # Of several processes each would be broken off in another place.
+            possible = self.ends_on_interrupt_ and self.processes_.size == 1
+            if not possible or not self.course.broken_off(self):
+                raise
+            self.interrupted_ = len(self.history)
 
     def fit_loop(self, X, y=None, epochs=None, **fit_params):
         """Skorch's loop without a validation set, until ``stop_`` is set or the cap is reached."""

@@ -81,6 +81,8 @@ def _flattened(X: Any) -> tuple[Any, ImageShape | None]:
         return X, None
     if X.dtype in (np.uint8, np.bool_, np.float16):
         X = X.astype(np.float32)
+    if not X.dtype.isnative:  # torch has no other order of bytes
+        X = X.astype(X.dtype.newbyteorder("="))
     if X.ndim not in (3, 4):
         return X, None
     channels, height, width = (1, *X.shape[1:])[-3:]

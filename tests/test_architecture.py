@@ -19,6 +19,8 @@ ORDER = (
     # ground
     "devices",
     "processes",
+    "memory",
+    "twins",
     "records",
     "groups",
     "anchors",
@@ -57,6 +59,7 @@ ORDER = (
     # surface
     "progress",
     "simplification",
+    "onnx_export",
     "assembly",
     "persistence",
     "base",
@@ -82,7 +85,18 @@ HOMES = {
 }
 
 # Test modules that follow a question and not a module.
-TESTS_OF_THEIR_OWN = {"common", "architecture", "examples", "docs", "lengthscales", "gpu"}
+TESTS_OF_THEIR_OWN = {
+    "common",
+    "architecture",
+    "examples",
+    "docs",
+    "lengthscales",
+    "gpu",
+    "interrupts",
+    "faults",
+    "properties",
+    "imports",
+}
 
 # They know a tensor's name and the contract of its map, and nothing of the layer that has it.
 BLIND = {

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from sklearn_softeq import kronecker
-from sklearn_softeq.kronecker import Kronecker, Root, dense, eigenbasis, spectra
+from sklearn_softeq.kronecker import (
+    Kronecker,
+    Root,
+    UnsolvedError,
+    dense,
+    eigenbasis,
+    spectra,
+)
 
 SHAPES = [(1, 3, 4), (3, 2, 4), (2, 1, 3), (4, 3, 1), (1, 1, 1)]  # (B, d_in, d_out)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -460,6 +467,54 @@ def test_a_factor_that_is_not_finite_is_an_error_with_its_name(bad, shape, dtype
     kron.right[0, 0, 0] = bad
     with pytest.raises(ValueError, match="'blocks.2.conv.weight'.*not finite"):
         spectra({"blocks.2.conv.weight": kron})
+
+
+@pytest.mark.parametrize("failure", ["nan", "error"])
+def test_a_failure_in_float64_too_is_an_error_that_says_what_to_do(monkeypatch, failure):
+    def fails(given):
+        if failure == "error":
+            raise torch.linalg.LinAlgError("no convergence")
+        return torch.full_like(given[..., 0], torch.nan)
+
+    monkeypatch.setattr(kronecker.torch.linalg, "eigvalsh", fails)
+    with pytest.raises(UnsolvedError, match="'head.weight'.*fails in float64, too.*Lower"):
+        spectra({"head.weight": matrix((2, 3, 4), dtype=torch.float32)})
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_eigenvectors_that_a_device_does_not_find_are_found_by_the_cpu(monkeypatch, rank):
+    solve, calls = torch.linalg.eigh, []
+
+    def every_other_time(given):
+        calls.append(given.device.type)
+        if len(calls) % 2:  # on the device
+            raise torch.linalg.LinAlgError("no convergence")
+        return solve(given)
+
+    kron, vector = matrix((2, 3, 4), rank=rank), torch.randn(24, dtype=torch.float64)
+    expected = kron.inverse_form(vector, 0.3)
+    monkeypatch.setattr(kronecker.torch.linalg, "eigh", every_other_time)
+    assert kron.inverse_form(vector, 0.3) == expected
+    assert len(calls) == 2 * 4  # two sides of two blocks
+
+
+def test_eigenvectors_that_nobody_finds_are_an_error_that_says_what_to_do(monkeypatch):
+    def fails(given):
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(kronecker.torch.linalg, "eigh", fails)
+    kron = matrix((2, 3, 4))
+    moving = replace(kron, left_tangent=kron.left)
+    for find in (
+        lambda: kron.inverse_form(torch.ones(24), 0.3),
+        lambda: eigenbasis(kron.left),
+        lambda: spectra({"w": moving}),
+    ):
+        with pytest.raises(UnsolvedError, match="Lower the learning rate or scale the inputs"):
+            find()
+    kron.left[0] = torch.nan
+    with pytest.raises(ValueError, match="is not finite. Lower the learning rate"):
+        eigenbasis(kron.left)
 
 
 @pytest.mark.parametrize("failure", ["nan", "error"])

@@ -389,6 +389,19 @@ def test_both_orders_are_the_same_and_the_cheaper_one_is_taken(n, grid, channels
     torch.testing.assert_close(outputs, alone, atol=1e-12, rtol=1e-10)
 
 
+@pytest.mark.parametrize("n", [1, 50])
+def test_an_exported_graph_has_one_order_for_any_number_of_rows(monkeypatch, n):
+    layer = randomise(SparseFC(2, 3, (4, 4))).double()
+    inputs = torch.randn(n, 2, 4, 4, dtype=torch.float64)
+    expected = layer(inputs)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    with FlopCounterMode(display=False) as counter:
+        found = layer(inputs)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
+    (_, form_u), (_, form_v) = costs(n, (4, 4), (2, 3))
+    assert counter.get_total_flops() == 2 * (form_u + form_v)
+
+
 def test_both_orders_occur():
     found = {n: [costs(n, *factor) for factor in FACTORS] for n in ROWS}
     for factor in (0, 1):

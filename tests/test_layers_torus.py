@@ -141,6 +141,15 @@ def test_padding_under_vmap(grid, rows, columns):
 # ── shifts
 
 
+@each_dtype
+@each_pad
+def test_an_exported_graph_pads_alike(monkeypatch, grid, rows, columns, dtype):
+    inputs = maps_on(grid, dtype)
+    expected = circular_pad(inputs, rows, columns)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert torch.equal(circular_pad(inputs, rows, columns), expected)
+
+
 @each_shift
 @each_dtype
 def test_each_sample_is_rolled_by_its_own_shift(grid, rows, columns, dtype):

@@ -104,6 +104,18 @@ def test_so_for_other_pathways(dtype, architecture, pathways):
     assert torch.equal(map_outputs(network, beside, 16)[5:20], outputs[5:20])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pathway", ["fc", "factored_fc"])
+@pytest.mark.parametrize(("width", "shape"), [(3, (1, 2, 3)), (5, (1, 1, 3)), (9, (1, 4, 4))])
+def test_so_for_sums_of_an_odd_length(dtype, pathway, width, shape):
+    network = randomise(build_network(shape, 2, pathways=(pathway,), width=width)).to(dtype)
+    images = torch.randn(40, *shape, dtype=dtype)
+    outputs = map_outputs(network, images, 128)
+    assert torch.equal(map_outputs(network, images.flip(0), 128), outputs.flip(0))
+    tol = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(outputs, network(images).detach().double(), rtol=tol, atol=tol)
+
+
 def test_outputs_of_no_rows():
     network = network_of(torch.float32)
     assert map_outputs(network, torch.empty(0, 1, 16, 16), 16).shape == (0, 3)

@@ -440,6 +440,15 @@ def test_a_curvature_that_is_no_number():
         assert part in str(error.value)
 
 
+def test_a_curvature_that_nobody_can_decompose(monkeypatch):
+    def fails(given):
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
+    with pytest.raises(ValueError, match="no solver finds in epoch 2 .last finite.*Lower lr"):
+        net_of(burn_in=2, every=2).partial_fit(data_of())
+
+
 def test_a_loss_that_is_no_number_from_the_first():
     data = data_of()
     data.inputs[0, 0, 0, 0] = float("nan")

@@ -23,12 +23,16 @@ __all__ = [
     "Pathway",
     "SharedLinear",
     "in_blocks",
+    "in_one_order",
     "outer",
     "rounding",
     "strided",
 ]
 
 Grid = tuple[int, int]
+
+#: Numbers in the shortest vectors that products of matrices are computed by.
+VECTOR = 4
 
 
 class SharedLinear(nn.Module, ABC):
@@ -122,6 +126,18 @@ def in_blocks(tokens: torch.Tensor) -> torch.Tensor:
     """(n, S, B, d) → (B, n·S, d), such that a product need not copy each block by itself."""
     rows = tokens.permute(2, 0, 1, 3).flatten(1, 2)
     return rows if 1 in rows.stride()[1:] else rows.contiguous()
+
+
+def in_one_order(rows: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both with zeros up to a whole number of vectors (..., d), if they have more than one.
+
+    For predictions: sums over rows of other lengths are taken in an order that hangs on the place
+    of a row in its batch, and so do the last digits.
+    """
+    missing = -weight.shape[-1] % VECTOR if weight.shape[-1] > VECTOR else 0
+    if not missing:
+        return rows, weight
+    return nn.functional.pad(rows, (0, missing)), nn.functional.pad(weight, (0, missing))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .contract import Grid, Pathway, SharedLinear, strided
+from .contract import Grid, Pathway, SharedLinear, in_one_order, strided
 
 __all__ = ["FactorU", "FactorV", "FactoredFC"]
 
@@ -29,7 +29,10 @@ class FactorV(SharedLinear):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         # Brought into order at once: a product of matrices with odd strides copies one by one.
         channels = hidden.permute(2, 1, 0).contiguous()  # (D, n, C)
-        return torch.baddbmm(self.bias, channels, self.weight.transpose(1, 2))  # (D, n, Y)
+        weight: torch.Tensor = self.weight
+        if not self.training:
+            channels, weight = in_one_order(channels, weight)
+        return torch.baddbmm(self.bias, channels, weight.transpose(1, 2))  # (D, n, Y)
 
     def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs.permute(1, 2, 0)[:, None]  # (n, 1, D, C)

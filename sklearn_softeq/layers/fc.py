@@ -5,7 +5,7 @@ import math
 import torch
 
 from ..groups import PointGroup
-from .contract import Grid, LayerSpec, Pathway, SharedLinear, rounding, strided
+from .contract import Grid, LayerSpec, Pathway, SharedLinear, in_one_order, rounding, strided
 
 __all__ = ["FC", "PooledFC"]
 
@@ -24,7 +24,10 @@ class FC(SharedLinear, Pathway):
         self.draw(2.0 / self.weight.shape[-1], generator)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        outputs = torch.addmm(self.bias, inputs.flatten(1), self.weight[0].T)  # (n, D·Y)
+        rows, weight = inputs.flatten(1), self.weight[0]
+        if not self.training:
+            rows, weight = in_one_order(rows, weight)
+        outputs = torch.addmm(self.bias, rows, weight.T)  # (n, D·Y)
         return outputs.unflatten(1, self.output_shape)
 
     def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ class SparseU(FactorU):
         # Either order is Σ_m U' Ψ x: the cheaper one, for each of the C channels.
         project = n * n_anchors * (n_pixels + n_out)
         form = n_out * n_pixels * (n_anchors + n)
-        if project <= form:
+        if not torch.compiler.is_exporting() and project <= form:  # a graph is for any n
             pixels = inputs.flatten(2) @ self.interpolation.matrix.T  # (n, C, M)
             weight: torch.Tensor = self.weight
         else:
@@ -73,7 +73,9 @@ class SparseV(FactorV):
         n_anchors, n_pixels = self.interpolation.matrix.shape
         n_in, n, _ = hidden.shape
         channels = hidden.permute(2, 1, 0).contiguous()  # (D, n, C)
-        if n * n_anchors * (n_in + n_pixels) <= n_in * n_pixels * (n_anchors + n):
+        project = n * n_anchors * (n_in + n_pixels)
+        form = n_in * n_pixels * (n_anchors + n)
+        if not torch.compiler.is_exporting() and project <= form:
             return torch.bmm(channels, self.weight.transpose(1, 2)) @ self.interpolation.matrix
         return torch.bmm(channels, self.weight.transpose(1, 2) @ self.interpolation.matrix)
 

@@ -73,7 +73,16 @@ def circular_pad(inputs: torch.Tensor, rows: Grid, columns: Grid) -> torch.Tenso
     """
     if (*rows, *columns) == (0, 0, 0, 0):
         return inputs
+    if torch.compiler.is_exporting():  # to a graph without gradients, in which this is less
+        return _joined(_joined(inputs, 2, rows), 3, columns)
     return _Pad.apply(inputs, rows, columns)
+
+
+def _joined(inputs: torch.Tensor, axis: int, margins: Grid) -> torch.Tensor:
+    """Feature maps with what is beyond the ends of one of their axes."""
+    size, (before, behind) = inputs.shape[axis], margins
+    parts = [inputs.narrow(axis, size - before, before), inputs, inputs.narrow(axis, 0, behind)]
+    return torch.cat([part for part in parts if part.shape[axis]], axis)
 
 
 class _Shift(torch.autograd.Function):
