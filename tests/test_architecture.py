@@ -17,6 +17,7 @@ PACKAGE = "sklearn_softeq"
 ORDER = (
     "_version",
     # ground
+    "docstrings",
     "devices",
     "processes",
     "records",
@@ -61,6 +62,7 @@ ORDER = (
     "persistence",
     "base",
     "estimators",
+    "regression",
     "model_selection",
     "display",
 )
@@ -75,6 +77,7 @@ HOMES = {
         "simplification",
         "base",
         "estimators",
+        "regression",
         "model_selection",
         "display",
     },
