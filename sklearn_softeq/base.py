@@ -134,8 +134,13 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         """Of the targets, as training begins."""
         raise NotImplementedError
 
-    def _encoded(self, y: np.ndarray, known: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Codes of the targets, which tell equal ones, and what they are codes of."""
+    def _encoded(
+        self, y: np.ndarray, present: np.ndarray, known: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes of the targets, which tell equal ones, and what they are codes of.
+
+        Rows that are not present have no weight, and are not to leave a trace.
+        """
         raise NotImplementedError
 
     def _weights(self, sample_weight, X, y, values) -> np.ndarray:
@@ -250,11 +255,10 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
             shape = resolve_image_shape(self.image_shape, found, X.shape[1])
         else:
             shape = check_same_shape(found, self.image_shape_)
-        codes, values = self._encoded(y, known)
-        digests = {}
-        if self.checkpoint_dir is not None:
-            counts = check_weights(sample_weight, X, y, values, None)
-            digests = data_digests(X, y, counts, shape)
+        counts = check_weights(sample_weight, X, y, None, None)
+        codes, values = self._encoded(y, counts > 0, known)
+        kept = self.checkpoint_dir is not None
+        digests = data_digests(X, y, counts, shape) if kept else {}
         weights = self._weights(sample_weight, X, y, values)
         X, codes, weights = distinct_rows(X, codes, weights)
         targets = self._targets(values, codes, weights, first)

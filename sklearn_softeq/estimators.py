@@ -495,7 +495,7 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
     def _likelihood(self) -> Categorical:
         return Categorical()
 
-    def _encoded(self, y, classes):
+    def _encoded(self, y, present, classes):
         classes = np.unique(y) if classes is None else classes
         return encode(y, classes), classes
 

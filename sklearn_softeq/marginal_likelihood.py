@@ -134,17 +134,18 @@ class LaplaceEvidence:
         For the noise N K, and the squares that the posterior expects, Σ w ‖y − f‖² + Σ_g γ_g / β.
         At the mode's squares and N K − Σ γ, as in MacKay's formula, balance is at the same β; but
         block by block Σ γ may exceed N K, and here each step is one of expectation maximisation,
-        which raises the evidence always. Neither charges nor the weight of the log determinants
-        touch it: with less than all of γ a close fit would call for a small noise, and that for
-        a closer fit.
+        which raises the evidence always. No more is expected than what the mean leaves, N K for
+        targets of unit variance, if the network does not leave more. Neither charges nor the
+        weight of the log determinants touch it: with less than all of γ a close fit would call
+        for a small noise, and that for a closer fit.
         """
         found = self._of_each(Spectrum.effective_dimensions, log_precision)
         gamma = torch.zeros_like(log_precision).index_put((self._places,), self._charges * found)
         squares = torch.zeros_like(log_precision).index_put((self._places,), self._squares)
         if self.noise is not None:
-            gamma[-1] = self.noise.n_numbers
-            # Eq. noise
-            squares[-1] = self.noise.squares + found.sum() / log_precision[-1].exp()
+            n, left = self.noise.n_numbers, self.noise.squares
+            expected = left + (found.sum() / log_precision[-1].exp()).item()  # Eq. noise
+            gamma[-1], squares[-1] = n, min(expected, max(left, n))
         return gamma, squares
 
     def gradient(self, log_precision: torch.Tensor) -> torch.Tensor:

@@ -370,9 +370,9 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
             return Gaussian(1.0, True, log_units)
         return Gaussian((self.noise / self.target_scale_[0].item()) ** 2, False, log_units)
 
-    def _encoded(self, y, known):
+    def _encoded(self, y, present, known):
         self._one_number = y.ndim == 1
-        return distinct_targets(y)
+        return distinct_targets(y, present)
 
     def _targets(self, values, codes, weights, first):
         targets = values[codes]  # (n, K)

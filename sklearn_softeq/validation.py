@@ -275,15 +275,18 @@ def encode(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
     return np.searchsorted(classes, y)
 
 
-def distinct_targets(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def distinct_targets(y: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes of the targets, and the different targets in rising order, (m, K).
 
-    Codes are the same in whatever unit the targets are given.
+    Codes are the same in whatever unit the targets are given, and hang on no row that is not
+    present, whose own code is 0.
     """
     # Zeros have signs, which make no difference.
-    rows = y.reshape(len(y), -1) + 0.0
-    values, codes = np.unique(rows, axis=0, return_inverse=True)
-    return codes.ravel(), values
+    rows = y.reshape(len(y), -1)[present] + 0.0
+    values, places = np.unique(rows, axis=0, return_inverse=True)
+    codes = np.zeros(len(y), dtype=np.int64)
+    codes[present] = places.ravel()
+    return codes, values
 
 
 def mean_and_scale(targets: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
