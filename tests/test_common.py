@@ -99,7 +99,7 @@ def test_check_estimator_symmetric_in_two_features(options):
 
 
 def test_check_regressor():
-    # The quickest there is; the checks are about forms and repetitions, and one asks for an R² of .5.
+    # About the quickest there is: the checks are of forms and repetitions, and of an R² of .5.
     quick = {"pathways": "factored_fc", "width": 2, "max_epochs": 12, "evidence_every": 6}
     assert statuses(SoftEquivariantRegressor(**quick, batch_size=64)) == set()
 

@@ -31,7 +31,7 @@ PUBLIC = {
 }
 
 # scikit-learn makes these for metadata routing, and documents them itself.
-REQUESTS = {"set_fit_request", "set_partial_fit_request", "set_score_request"}
+REQUESTS = {f"set_{method}_request" for method in ("fit", "partial_fit", "predict", "score")}
 
 
 def methods(cls):
