@@ -145,7 +145,7 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
 
     def _weights(self, sample_weight, X, y, values) -> np.ndarray:
         """Of the rows."""
-        return check_weights(sample_weight, X, y, values, None)
+        return check_weights(sample_weight, X)
 
     def _targets(self, values, codes, weights, first: bool) -> np.ndarray:
         """What a net is trained on, (n,) or (n, K); sets what is known of the targets."""
@@ -255,7 +255,7 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
             shape = resolve_image_shape(self.image_shape, found, X.shape[1])
         else:
             shape = check_same_shape(found, self.image_shape_)
-        counts = check_weights(sample_weight, X, y, None, None)
+        counts = check_weights(sample_weight, X)
         codes, values = self._encoded(y, counts > 0, known)
         kept = self.checkpoint_dir is not None
         digests = data_digests(X, y, counts, shape) if kept else {}

@@ -355,8 +355,11 @@ class SoftEquivariantNet(NeuralNet):
 
     def fit_noise(self, data: TrainingData) -> None:
         """Go on with the noise that some data show, where it is learned."""
-        if self.criterion_.log_hyperparameters():
-            self._set_likelihood(self.criterion_.at_best_noise(*self._judged(data)))
+        if not self.criterion_.log_hyperparameters():
+            return
+        found = self.criterion_.at_best_noise(*self._judged(data))
+        if math.isfinite(found.noise_variance):
+            self._set_likelihood(found)
 
     def score(self, data: TrainingData) -> float:
         """Log likelihood of each observation of some data at their best noise, in nats."""

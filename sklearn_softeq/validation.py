@@ -338,9 +338,9 @@ def check_incremental_class_weight(class_weight: Any) -> None:
 
 
 def check_weights(
-    sample_weight: Any, X: np.ndarray, y: np.ndarray, classes: np.ndarray, class_weight: Any
+    sample_weight: Any, X: np.ndarray, y: Any = None, classes: Any = None, class_weight: Any = None
 ) -> np.ndarray:
-    """Weights of the rows, class weights included, float64.
+    """Weights of the rows, those of their classes included if there are any, float64.
 
     Raises
     ------

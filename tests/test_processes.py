@@ -185,7 +185,8 @@ def test_processes_that_cannot_share_a_fit(tmp_path, settings, said):
 
 REGRESSION = (
     FIT.replace("SoftEquivariantClassifier", "SoftEquivariantRegressor")
-    .replace("np.arange(n_rows) % 3", "X[:, 0, 0, :2] + 0.1 * rng.normal(size=(n_rows, 2))")
+    .replace("np.arange(n_rows) % 3", "rng.normal(size=(n_rows, 2))")
+    .replace("    weights = rng", "    y += X[:, 0, 0, :2]\n    weights = rng")
     .replace("predict_proba(X)", "predict(X, return_std=True)")
 )
 

@@ -3,11 +3,13 @@
 import math
 import pickle
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from cases import chain
+from nets import net_of, numbers_of
 from references import linear_regression_map
 from scipy import sparse
 from sklearn.datasets import load_diabetes, load_digits
@@ -382,6 +384,41 @@ def test_equivariance_error(data):
     found = reg.equivariance_error(data[0])
     np.testing.assert_allclose(found.layers, 0.0, atol=1e-10)
     assert found.logits < 1e-10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pathways": ("conv", "sparse_fc"), "learn_lengthscale": True, "optimizer": "adam"},
+        {"pathways": ("p4_conv", "conv"), "augment": "crop_flip"},
+        {"architecture": "resnet", "hyper_solver": "adam"},
+        {"curvature": "monte_carlo", "kfac": "reduce"},
+    ],
+    ids=str,
+)
+def test_with_what_there_is_for_classifiers(options, data):
+    reg = SoftEquivariantRegressor(**{**FAST, **options}).fit(*data)
+    assert np.isfinite(reg.scores_).all()
+    assert np.isfinite(reg.predict(data[0])).all()
+    assert (reg.noise_std_ > 0).all()
+    if "learn_lengthscale" in options:
+        assert set(reg.lengthscales_by_name_.values()) != {1.0}
+
+
+def test_callbacks_that_predict_after_each_epoch(data):
+    callback = pytest.importorskip("sklearn.callback")
+    monitor = callback.ScoringMonitor(scoring="r2")
+    reg = SoftEquivariantRegressor(**PLAIN).set_callbacks(monitor)
+    reg.fit(*data)
+    assert reg.score(*data) > 0
+
+
+def test_a_noise_that_is_not_finite_is_not_taken():
+    net = net_of(criterion=partial(Gaussian, 1.0, True))
+    with torch.no_grad():
+        net.module_.head.output.bias.fill_(math.inf)
+    net.fit_noise(numbers_of(9))
+    assert net.criterion_.noise_variance == 1.0
 
 
 def test_float32(data):
