@@ -591,6 +591,9 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
             self.predictive_temperature,
         )
 
+    # It is the same for all, and is to stand among the methods that are documented.
+    equivariance_error = SoftEquivariantBase.equivariance_error
+
     def simplify(self, X, threshold=0.01, tol=1e-3):
         """A copy without the pathways that the evidence has switched off.
 

@@ -379,8 +379,9 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         if first:
             self.target_mean_, self.target_scale_ = mean_and_scale(targets, weights)
             if self.noise != "learned":
-                common = math.sqrt(np.square(self.target_scale_).mean())
-                self.target_scale_ = np.full_like(self.target_scale_, common)
+                apart = (targets - self.target_mean_).reshape(-1, 1)
+                _, common = mean_and_scale(apart, np.repeat(weights, targets.shape[1]))
+                self.target_scale_ = np.full_like(self.target_scale_, common.item())
         check_same_outputs(targets.shape[1], self._n_outputs)
         return (targets - self.target_mean_) / self.target_scale_
 
@@ -438,6 +439,9 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
     def _in_form(self, values: np.ndarray) -> np.ndarray:
         """(n,) where y was."""
         return values[:, 0] if self._one_number else values
+
+    # It is the same for all, and is to stand among the methods that are documented.
+    equivariance_error = SoftEquivariantBase.equivariance_error
 
     def simplify(self, X, threshold=0.01, tol=1e-3):
         """A copy without the pathways that the evidence has switched off.

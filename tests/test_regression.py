@@ -179,6 +179,9 @@ def test_a_noise_that_is_given_is_in_units_of_the_targets(data):
     np.testing.assert_allclose(reg.noise_std_, 0.4)
     assert reg.target_scale_[0] == reg.target_scale_[1]
     assert reg.target_scale_[0] == pytest.approx(np.sqrt(np.var(y, axis=0).mean()))
+    small = np.stack([1e-4 * y[:, 0], np.zeros(40)], 1)  # what is constant has no scale of its own
+    found = SoftEquivariantRegressor(**{**PLAIN, "max_epochs": 1}, noise=1e-5).fit(X, small)
+    assert found.target_scale_[1] == pytest.approx(1e-4 * np.std(y[:, 0]) / np.sqrt(2))
     # What it makes of the residuals is their density.
     apart = torch.tensor(y - reg.predict(X))
     density = torch.distributions.Normal(0.0, 0.4).log_prob(apart).sum().item()
