@@ -1,7 +1,7 @@
 """Nets put together from the parameters of an estimator."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ from .budget import plan_curvature
 from .course import Course, EvidenceStep, Preconditioner, ProgressLine
 from .groups import PointGroup
 from .layers import PATHWAYS
-from .likelihoods import Categorical
 from .marginal_likelihood import HYPER_SOLVERS, LengthscaleSolver
 from .networks import build_network
 from .processes import joined
@@ -52,8 +51,8 @@ class Assembly:
 
     Parameters
     ----------
-    clf : SoftEquivariantClassifier
-        Its parameters count, with image shape, classes and device, which are known by now.
+    clf : SoftEquivariantBase
+        Its parameters count, with image shape, likelihood and device, which are known by now.
     data : TrainingData
     seeds : Seeds
     tasks : Callback, optional
@@ -183,22 +182,27 @@ class Assembly:
     def _preconditioner(self) -> list:
         if self.clf.optimizer != "kfac":
             return []
-        n_columns = len(self.clf.classes_) - 1
-        return [("preconditioner", Preconditioner(self.seeds.preconditioner, n_columns))]
+        return [("preconditioner", Preconditioner(self.seeds.preconditioner, self._n_columns))]
+
+    @property
+    def _n_columns(self) -> int:
+        """Of the exact root of the output Hessian."""
+        return self.clf._likelihood.n_columns(self.clf._n_outputs)
 
     def _evidence_step(self, burn_in: int, endless: bool) -> EvidenceStep:
         clf = self.clf
         ramp = clf.hyper_warmup if endless else min(clf.hyper_warmup, clf.max_epochs / 4)
         solver = HYPER_SOLVERS[clf.hyper_solver]
         learn_lengthscale = clf.learn_prior and clf.learn_lengthscale
+        learn_noise = bool(clf._likelihood.log_hyperparameters())
         return EvidenceStep(
             solver() if clf.hyper_lr is None else solver(clf.hyper_lr),
-            steps=clf.hyper_steps if clf.learn_prior else 0,
+            steps=clf.hyper_steps if clf.learn_prior or learn_noise else 0,
             burn_in=burn_in,
             every=clf.evidence_every,
             plan=partial(
                 plan_curvature,
-                n_outputs=len(clf.classes_),
+                n_columns=self._n_columns,
                 curvature=clf.curvature,
                 samples=clf.curvature_samples,
                 subset=clf.curvature_subset,
@@ -209,6 +213,7 @@ class Assembly:
             seed=self.seeds.curvature,
             lengthscales=LengthscaleSolver() if learn_lengthscale else None,
             ramp=ramp,
+            noise_alone=learn_noise and not clf.learn_prior,
         )
 
     def _net(
@@ -216,10 +221,11 @@ class Assembly:
     ) -> SoftEquivariantNet:
         """A net at the random start of this number, with compiled steps if they are asked for."""
         clf = self.clf
-        optimizer = OPTIMIZERS[clf.optimizer]
+        optimizer, likelihood = OPTIMIZERS[clf.optimizer], clf._likelihood
         net = SoftEquivariantNet(
             build_network,
-            criterion=Categorical,
+            # What skorch calls to begin with it, also anew.
+            criterion=partial(replace, likelihood),
             optimizer=optimizer.build,
             lr=self.initial_rate,
             max_epochs=max_epochs,
@@ -237,7 +243,7 @@ class Assembly:
             amp=clf.amp,
             compiled=clf.compile and compiled,
             module__image_shape=clf.image_shape_,
-            module__n_outputs=len(clf.classes_),
+            module__n_outputs=clf._n_outputs,
             module__pathways=self._pathways,
             module__architecture=clf.architecture,
             module__width=clf.width,

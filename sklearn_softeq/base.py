@@ -1,45 +1,64 @@
-"""What the estimators have in common: data on the device, nets, fitted attributes, states.
+"""What the estimators have in common: fit as a table of contents, fitted attributes, states.
 
-An estimator says which data it takes, by ``_prepare``, and what its predictions are.
+An estimator says what it makes of its targets: how they become codes and the targets of a net, what
+likelihood these have, and what predictions are.
 """
 
 import hashlib
 import math
+import os
 import warnings
 from contextlib import contextmanager
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import Bunch, check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
 
 from ._version import __version__
 from .assembly import Assembly, Seeds
-from .batches import TrainingData
+from .batches import AUGMENTATIONS, BATCH_ROWS, TrainingData, batch_rows
 from .budget import rows_of_a_pass
-from .checkpoint import Checkpoint, Run, identity, open_run, restore, start_from
+from .checkpoint import Checkpoint, Run, data_digests, identity, open_run, restore, start_from
+from .curvature import COLUMNS, KFAC_FORMS
+from .groups import GROUPS
+from .layers import PATHWAYS
+from .likelihoods import Categorical, Gaussian
+from .marginal_likelihood import HYPER_SOLVERS
 from .memory import advises_on_memory
+from .networks import ACTIVATIONS, ARCHITECTURES
 from .persistence import check_version, packed, unpacked
 from .posterior import Posterior
+from .predictive import PREDICTIVES, map_outputs
 from .processes import alone, joined
 from .progress import CallbackSupportMixin, FitTasks
+from .schedules import LR_SCHEDULES, STARTS
 from .symmetry import (
     dimension_shares,
     enabled_table,
+    equivariance_errors,
     layer_names,
     output_shares,
     pathway_names,
     precision_table,
     sum_table,
 )
-from .training import SoftEquivariantNet
+from .training import AMP_DTYPES, OPTIMIZERS, SoftEquivariantNet
+from .twins import twin_of
 from .validation import (
     check_images,
+    check_names,
     check_same_shape,
+    check_weights,
+    distinct_rows,
     present_device,
     resolve_device,
+    resolve_image_shape,
 )
 
 __all__ = ["SoftEquivariantBase"]
@@ -48,11 +67,99 @@ __all__ = ["SoftEquivariantBase"]
 class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
     """The part of an estimator that does not hang on what is predicted.
 
-    Attributes are those of the estimators.
+    Parameters and attributes are those of the estimators.
     """
 
     image_shape_: tuple[int, int, int]
     device_: torch.device
+
+    #: Fitted attributes that a net is built from.
+    _built_from: ClassVar[tuple[str, ...]] = ("image_shape_", "device_")
+    #: Whether targets are numbers, of which each row may have several.
+    _numbers: ClassVar[bool] = False
+    #: What is compared by ``simplify``, in words.
+    _said_to_change: ClassVar[str]
+
+    _parameter_constraints: ClassVar[dict] = {
+        "pathways": ["array-like", str],
+        "architecture": [StrOptions(set(ARCHITECTURES))],
+        "width": [Interval(Integral, 1, None, closed="left")],
+        "activation": [StrOptions(set(ACTIVATIONS))],
+        "anchor_fraction": [Interval(Real, 0, 1, closed="right"), StrOptions({"auto"})],
+        "image_shape": ["array-like", None],
+        "standardize": ["boolean"],
+        "learn_prior": ["boolean"],
+        "learn_lengthscale": ["boolean"],
+        "start": [StrOptions(set(STARTS))],
+        "prior_precision": [Interval(Real, 0, None, closed="neither")],
+        "burn_in": [Interval(Integral, 1, None, closed="left")],
+        "evidence_every": [Interval(Integral, 1, None, closed="left")],
+        "hyper_solver": [StrOptions(set(HYPER_SOLVERS))],
+        "hyper_steps": [Interval(Integral, 1, None, closed="left")],
+        "hyper_lr": [Interval(Real, 0, None, closed="neither"), None],
+        "hyper_warmup": [Interval(Integral, 0, None, closed="left")],
+        "curvature": [StrOptions({"auto", *COLUMNS})],
+        "curvature_samples": [Interval(Integral, 1, None, closed="left")],
+        "curvature_subset": [Interval(Integral, 1, None, closed="left"), None],
+        "kfac": [StrOptions(set(KFAC_FORMS))],
+        "max_epochs": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "keep_best": ["boolean"],
+        "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+        "lr": [Interval(Real, 0, None, closed="neither"), None],
+        "lr_schedule": [StrOptions(set(LR_SCHEDULES))],
+        "optimizer": [StrOptions(set(OPTIMIZERS))],
+        "augment": [StrOptions(set(AUGMENTATIONS)), callable, None],
+        "amp": [StrOptions(set(AMP_DTYPES)), None],
+        "compile": ["boolean"],
+        "predictive": [StrOptions(set(PREDICTIVES))],
+        "predictive_temperature": [Interval(Real, 0, None, closed="neither")],
+        "device": [str, torch.device],
+        "dtype": [StrOptions({"auto", "float32", "float64"})],
+        "random_state": ["random_state"],
+        "warm_start": ["boolean"],
+        "callbacks": [list, tuple, None],
+        "checkpoint_dir": [str, os.PathLike, None],
+        "verbose": ["verbose"],
+    }
+
+    # What an estimator says of its targets.
+
+    @property
+    def _n_outputs(self) -> int:
+        """K, of the data that were prepared last."""
+        raise NotImplementedError
+
+    @property
+    def _likelihood(self) -> Categorical | Gaussian:
+        """Of the targets, as training begins."""
+        raise NotImplementedError
+
+    def _encoded(
+        self, y: np.ndarray, present: np.ndarray, known: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes of the targets, which tell equal ones, and what they are codes of.
+
+        Rows that are not present have no weight, and are not to leave a trace.
+        """
+        raise NotImplementedError
+
+    def _weights(self, sample_weight, X, y, values) -> np.ndarray:
+        """Of the rows."""
+        return check_weights(sample_weight, X)
+
+    def _targets(self, values, codes, weights, first: bool) -> np.ndarray:
+        """What a net is trained on, (n,) or (n, K); sets what is known of the targets."""
+        raise NotImplementedError
+
+    def _described(self) -> str:
+        """What is known of the targets, to be compared between processes."""
+        raise NotImplementedError
+
+    def _compared(self, X) -> np.ndarray:
+        """The predictions of which ``simplify`` bounds the change."""
+        raise NotImplementedError
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -110,6 +217,70 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
             self.__dict__.update(before)
             raise
 
+    def _previous(self) -> SoftEquivariantNet | None:
+        """What ``fit`` goes on from."""
+        return self.net_ if self.warm_start and self.__sklearn_is_fitted__() else None
+
+    def _fit(self, X, y, sample_weight, known=None):
+        previous = self._previous()
+        tasks = self._tasks(X, y, sample_weight)
+        with self._unchanged_on_error(KeyboardInterrupt):
+            with self._unchanged_on_error():
+                data = self._shared(X, y, sample_weight, known)
+                run = self._run(data, previous)
+                net = self._build_net(data, previous, run, tasks=tasks)
+            self._train(net, data, run)
+        self._warn_if_not_converged()
+        if tasks is not None:
+            tasks.ended()
+        return self
+
+    def _partial_fit(self, X, y, sample_weight, known=None):
+        previous = self.net_ if self.__sklearn_is_fitted__() else None
+        with self._unchanged_on_error():
+            data = self._shared(X, y, sample_weight, known, first=previous is None)
+            net = previous
+            if net is None or not net.course.endless:
+                net = self._build_net(data, previous, endless=True)
+            net.batch_size = batch_rows(self.batch_size, len(data))
+        self._train(net, data)
+        return self
+
+    def _prepare(self, X, y, sample_weight, known=None, first=True) -> TrainingData:
+        """Check everything that a user passes; the rows of positive weight on the device."""
+        check_names(self.pathways, PATHWAYS, "pathways")
+        if self.amp is not None and self.dtype == "float64":
+            raise ValueError(
+                f"amp={self.amp!r} is for computation in float32; use dtype='auto' or 'float32'."
+            )
+        device = resolve_device(self.device) if first else self.device_
+        X, y, found = check_images(self, X, y, reset=first, numbers=self._numbers)
+        if first:
+            shape = resolve_image_shape(self.image_shape, found, X.shape[1])
+        else:
+            shape = check_same_shape(found, self.image_shape_)
+        counts = check_weights(sample_weight, X)
+        codes, values = self._encoded(y, counts > 0, known)
+        kept = self.checkpoint_dir is not None
+        digests = data_digests(X, y, counts, shape) if kept else {}
+        weights = self._weights(sample_weight, X, y, values)
+        X, codes, weights = distinct_rows(X, codes, weights)
+        targets = self._targets(values, codes, weights, first)
+        self.image_shape_, self.device_ = shape, device
+        if first:
+            self._set_standardizer(X, weights, shape[0])
+        inputs = self._as_images(X)
+        if not first:
+            inputs = inputs.to(next(self.module_.parameters()).dtype)
+        seen = weights.sum() + (0.0 if first else self.n_observations_)
+        return TrainingData(
+            inputs.to(device),
+            torch.tensor(targets, dtype=inputs.dtype if self._numbers else None, device=device),
+            torch.tensor(weights, dtype=inputs.dtype, device=device),
+            float(seen),
+            digests,
+        )
+
     @advises_on_memory
     def _train(self, net: SoftEquivariantNet, data: TrainingData, run: Run | None = None) -> None:
         """Train and record; what fails half way must not pass for a fitted model."""
@@ -145,7 +316,7 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
             found.update(column.cpu().numpy().tobytes())
         plain = (str, int, float, bool, tuple)
         parameters = {k: v for k, v in self.get_params().items() if isinstance(v, plain)}
-        found.update(repr((self.classes_.tolist(), sorted(parameters.items()))).encode())
+        found.update(repr((self._described(), sorted(parameters.items()))).encode())
         return found.hexdigest()
 
     def _set_standardizer(self, X: np.ndarray, weights: np.ndarray, n_channels: int) -> None:
@@ -240,7 +411,9 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         self.log_marginal_likelihood_value_ = evidence = outcome["evidence"]
         self.evidence_linear_term_ = outcome["linear_term"]
         self.scores_ = (
-            self.history_["log_marginal_likelihood"] if self.learn_prior else np.array([evidence])
+            self.history_["log_marginal_likelihood"]
+            if net.course.evidence.steps
+            else np.array([evidence])
         )
         removed = net.removed_tensors()
         self.prior_precisions_by_name_ = {
@@ -277,14 +450,70 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
             )
             return
         if self.net_.course.capped and joined(self.device_).rank == 0:
-            figure = "log evidence" if self.learn_prior else "log joint"
+            figure = "log evidence" if self.net_.course.evidence.steps else "log joint"
             warnings.warn(
                 f"The {figure} had not settled when training had to end at max_epochs="
                 f"{self.max_epochs}. Raise max_epochs, or tol ({self.tol} nats per observation) "
                 "if this is good enough.",
                 ConvergenceWarning,
-                stacklevel=4,  # past scikit-learn's wrapper, to the caller of fit
+                stacklevel=5,  # past scikit-learn's wrapper, to the caller of fit
             )
+
+    def _takes_map(self) -> bool:
+        """Whether predictions are those of the weights alone.
+
+        Raises
+        ------
+        ValueError
+            If they are not, and there is no posterior.
+        """
+        check_is_fitted(self)
+        if self.predictive == "map":
+            return True
+        self._validate_params()  # they may have been set since the fit
+        if "posterior_" not in vars(self):
+            raise ValueError(
+                'predictive="laplace" needs the posterior of the weights, which is kept only by a '
+                'fit with it: call fit with predictive="laplace", or set predictive="map".'
+            )
+        return False
+
+    def _map_outputs(self, X) -> torch.Tensor:
+        """Outputs of the network, (n, K)."""
+        n_rows = BATCH_ROWS if self.batch_size == "auto" else self.batch_size
+        return map_outputs(self.module_, self._new_images(X), n_rows)
+
+    def equivariance_error(self, X, group="translation"):
+        """How far the layers and the whole network are from commuting with a group.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, features), (n, H, W) or (n, C, H, W)
+            Images to measure on.
+        group : {"translation", "p4", "p4m", "pm"}, default="translation"
+            "translation": cyclic shifts of the padded canvas, by one pixel and by half of it.
+            "p4": its quarter turns; "pm": its reflection left ↔ right; "p4m": both. Where the
+            canvas, or the grid of a layer, is not square, only those that keep its shape.
+
+        Returns
+        -------
+        Bunch
+            ``layers`` : ndarray of shape (L,), ‖f(gh) − g f(h)‖ / ‖f(h)‖ of each layer on its own
+            input; 0 is strict equivariance. ``free`` : ndarray of shape (L,), the same of an
+            untrained free layer in its place, the scale at which no symmetry is left.
+            ``logits`` : float, ‖f(gx) − f(x)‖ / ‖f(x)‖ of the whole network; 0 is invariance.
+
+        Raises
+        ------
+        ValueError
+            If the group is unknown.
+        """
+        check_is_fitted(self)
+        if group not in list(GROUPS):
+            raise ValueError(f"group={group!r} is not known. Choose one of {sorted(GROUPS)}.")
+        batches = self._new_images(X).to(self.device_).split(rows_of_a_pass(self.module_))
+        network = twin_of(self.module_)  # what the layers see is found out by hooks
+        return Bunch(**equivariance_errors(network, batches, GROUPS[group])._asdict())
 
 
 def _evaluations(net: SoftEquivariantNet) -> dict[str, np.ndarray]:

@@ -43,7 +43,8 @@ class TrainingData(torch.utils.data.Dataset):
     Parameters
     ----------
     inputs : tensor of shape (n, C, H, W)
-    targets : tensor of shape (n,)
+    targets : tensor of shape (n,) or (n, K)
+        Codes of classes, or K numbers of each row.
     weights : tensor of shape (n,)
         Repetitions of each row, positive.
     n_observations : float
@@ -69,10 +70,22 @@ class TrainingData(torch.utils.data.Dataset):
         """Whether every row counts once."""
         return bool((self.weights == 1).all())
 
+    @property
+    def n_targets(self) -> int:
+        """Numbers that are predicted of each row; of a class it is one."""
+        return self.targets[:1].numel()
+
+    @property
+    def _strata(self) -> torch.Tensor:
+        """The class of each row; where targets are numbers all are of one."""
+        if self.targets.dim() == 1:
+            return self.targets
+        return self.targets.new_zeros(len(self), dtype=torch.int64)
+
     def split(
         self, every: int, generator: torch.Generator, fewest: int = 1
     ) -> tuple["TrainingData", "TrainingData"] | None:
-        """Hold out one row of so many, stratified by class.
+        """Hold out one row of so many, stratified by class if there are classes.
 
         Equal rows stay together: a copy of a row that was trained on would judge nothing, and a
         row that is repeated is treated like one of a larger weight. A class of a single row is
@@ -95,12 +108,12 @@ class TrainingData(torch.utils.data.Dataset):
         parts = self.inputs.flatten(1).split(4096)
         # Not a matrix product, in which the last bit may hang on a row's place among the others.
         along = torch.cat([(part * direction).sum(1) for part in parts])
-        order = along.argsort()
-        order = order[self.targets[order].argsort(stable=True)]
-        keys = torch.stack([self.targets.to(along), along], 1)[order]
+        order, strata = along.argsort(), self._strata
+        order = order[strata[order].argsort(stable=True)]
+        keys = torch.stack([strata.to(along), along], 1)[order]
         changes = (keys[1:] != keys[:-1]).any(1)
         different = torch.cat([changes.new_zeros(1), changes]).cumsum(0)  # number of each row
-        classes = self.targets[order[torch.cat([changes.new_ones(1), changes])]]
+        classes = strata[order[torch.cat([changes.new_ones(1), changes])]]
         shared = torch.bincount(classes)[classes] > 1  # of each different row
         if shared.sum() < every * fewest:
             return None

@@ -81,7 +81,7 @@ class CurvaturePlan:
 def plan_curvature(
     network: nn.Module,
     n_rows: int,
-    n_outputs: int,
+    n_columns: int,
     *,
     curvature: str,
     samples: int,
@@ -96,10 +96,10 @@ def plan_curvature(
     ----------
     network : nn.Module
         Sums of maps :class:`SharedLinear`.
-    n_rows, n_outputs : int
-        Size of the data, K.
+    n_rows, n_columns : int
+        Rows of the data, and columns of the output Hessian of each.
     curvature : {"auto", "exact", "rademacher", "monte_carlo"}
-        "auto" is exact on all rows while rows × (K − 1) is at most :data:`EXACT_COLUMNS` or the
+        "auto" is exact on all rows while rows × columns is at most :data:`EXACT_COLUMNS` or the
         budget allows it, then a sketch of all rows, then of a subset.
     samples : int
         Random columns of each row; with as many as there are exact ones, these are taken.
@@ -115,17 +115,17 @@ def plan_curvature(
     name = "rademacher" if curvature == "auto" else curvature
     random = Estimator(name, samples, kfac)
     exact = replace(random, columns="exact")
-    if samples >= n_outputs - 1:
+    if samples >= n_columns:
         random = exact
     # A row that has most of the curvature needs as many random columns as it has exact ones.
-    copies = 1 if random.columns == "exact" else max(1, (n_outputs - 1) // samples)
+    copies = 1 if random.columns == "exact" else max(1, n_columns // samples)
     if curvature != "auto":
         return CurvaturePlan(random, rows, copies)
-    if rows * (n_outputs - 1) <= EXACT_COLUMNS:
+    if rows * n_columns <= EXACT_COLUMNS:
         return CurvaturePlan(exact, rows)
     if subset is not None:
         return CurvaturePlan(random, rows, copies)
-    costs = {e: _Cost(network, e, n_outputs, lengthscales) for e in (exact, random)}
+    costs = {e: _Cost(network, e, n_columns, lengthscales) for e in (exact, random)}
     allowed = BUDGET * every * n_rows
     for estimator in (exact, random):
         if costs[estimator](n_rows) <= allowed:
@@ -151,9 +151,9 @@ class _Cost:
     """Cost of an evidence on a number of rows, in rows of a MAP epoch."""
 
     def __init__(
-        self, network: nn.Module, estimator: Estimator, n_outputs: int, lengthscales: bool
+        self, network: nn.Module, estimator: Estimator, n_columns: int, lengthscales: bool
     ):
-        columns = n_outputs - 1 if estimator.columns == "exact" else estimator.samples
+        columns = n_columns if estimator.columns == "exact" else estimator.samples
         self.row = (ROW + COLUMN * columns) * (LENGTHSCALES if lengthscales else 1.0)
         self.maps = [m for m in network.modules() if isinstance(m, SharedLinear)]
         self.columns = columns

@@ -26,7 +26,7 @@ from .marginal_likelihood import AdamSolver, Ascent
 from .processes import Processes
 from .records import DamagedError, digest, read, write
 from .schedules import JointStart, LearningRate, Plateau, Start, SymmetricStart
-from .states import WeightMean
+from .states import State, WeightMean
 from .training import SoftEquivariantNet
 
 __all__ = [
@@ -84,6 +84,7 @@ def snapshot(net: SoftEquivariantNet) -> dict[str, Any]:
     return {
         "network": dict(net.module_.state_dict()),
         "prior": dict(net.prior_.state_dict()),
+        "noise": net.criterion_.log_hyperparameters(),
         "optimizer": _optimizer_state(net.optimizer_, names),
         "decays": [(names[id(p)], *rest) for p, *rest in net.decay_] if training else None,
         "history": _plain_columns(net.history),
@@ -117,6 +118,7 @@ def restore(net: SoftEquivariantNet, state: Mapping[str, Any]) -> None:
     tensors = dict(net.module_.named_parameters())
     net.module_.load_state_dict(state["network"])
     net.prior_.load_state_dict(state["prior"])
+    net.criterion_ = net.criterion_.with_log_hyperparameters(state["noise"])
     _restore_optimizer(net.optimizer_, state["optimizer"], tensors)
     if state["decays"] is not None:
         net.decay_ = [(tensors[name], *rest) for name, *rest in state["decays"]]
@@ -142,8 +144,8 @@ def restore(net: SoftEquivariantNet, state: Mapping[str, Any]) -> None:
         generator.set_state(numbers)
 
 
-def _plain_best(figure: float, state: tuple[dict, dict]) -> tuple[float, tuple[dict, dict]]:
-    return figure, (dict(state[0]), dict(state[1]))
+def _plain_best(figure: float, state: State) -> tuple[float, State]:
+    return figure, (dict(state[0]), dict(state[1]), state[2])
 
 
 def _mean(found: Mapping[str, Any], device: torch.device) -> WeightMean:
@@ -311,7 +313,8 @@ def _model_digest(net: SoftEquivariantNet) -> str:
     course, evidence = net.course, net.course.evidence
     states = dict(net.module_.state_dict()), dict(net.prior_.state_dict())
     figures = (course.holding, evidence.ramp, evidence.ramp_from, len(net.history))
-    return digest((*states, plain_start(course.start), *figures))
+    noise = net.criterion_.log_hyperparameters()
+    return digest((*states, plain_start(course.start), *figures, *noise))
 
 
 def _described(value: Any) -> str:

@@ -67,6 +67,8 @@ class EvidenceStep(Callback):
         Epochs over which the log determinants come to count fully in the hyper steps. At full
         weight from the beginning they push networks that have learnt little yet towards those that
         need few weights, out of which they do not come back (docs/design/sums.md).
+    noise_alone : bool, default=False
+        Whether the hyper steps are of a learned noise, and the precisions stay.
 
     Attributes
     ----------
@@ -87,7 +89,9 @@ class EvidenceStep(Callback):
         seed: int,
         lengthscales: LengthscaleSolver | None = None,
         ramp: float = 0.0,
+        noise_alone: bool = False,
     ):
+        self.noise_alone = noise_alone
         self.solver = solver
         self.steps = steps
         self.burn_in = burn_in
@@ -123,6 +127,11 @@ class EvidenceStep(Callback):
         """How far the log determinants count in the hyper steps after this epoch, 0 to 1."""
         beyond = max(0, epoch - self.ramp_from)
         return min(1.0, beyond / self.ramp) if self.ramp > 0 else 1.0
+
+    @property
+    def learns_prior(self) -> bool:
+        """Whether the precisions move."""
+        return self.steps > 0 and not self.noise_alone
 
     def forget(self) -> None:
         """Drop the slopes: the weights that they belong to are gone."""
@@ -195,6 +204,9 @@ class EvidenceStep(Callback):
             log_det_weight,
             curvature.slopes,
             curvature.factors if keep else {},
+            net.criterion_.noise(
+                curvature.log_likelihood, net.data_.n_observations, data.n_targets
+            ),
         )
 
     def _input_factors(self, net: SoftEquivariantNet) -> dict[str, Factor]:
@@ -217,14 +229,17 @@ class EvidenceStep(Callback):
 
     def ascend(self, net: SoftEquivariantNet, objective: LaplaceEvidence) -> Evidence:
         """Take the hyper steps; the evidence at their end."""
-        log_precision = net.prior_.log_precision.cpu()
+        log_precision = net.log_hyperparameters()
         for _ in range(self.steps):
-            log_precision = self.solver.step(objective, log_precision)
+            moved = self.solver.step(objective, log_precision)
+            if self.noise_alone:
+                moved[:-1] = log_precision[:-1]
+            log_precision = moved
         # Other processors may round otherwise: all go on from the same numbers.
         log_precision, evidence = net.processes_.agreed(
             (log_precision, objective.evidence(log_precision))
         )
-        net.prior_.log_precision.copy_(log_precision)
+        net.set_log_hyperparameters(log_precision)
         return evidence
 
     def on_batch_end(self, net, batch=None, y_pred=None, **kwargs):
@@ -259,7 +274,7 @@ class EvidenceStep(Callback):
             self._record(net)
             if not net.course.rate.cooling:  # weights that are averaged share one gauge and one Ψ
                 scales.update(fix_gauge(net.module_, net.prior_))
-            self.state = state_of(net.module_, net.prior_)
+            self.state = state_of(net)
         if isinstance(net.optimizer_, KFAC):
             tensors = dict(net.module_.named_parameters())
             net.optimizer_.rescale({tensors[name]: c for name, c in scales.items()})
@@ -275,7 +290,7 @@ class EvidenceStep(Callback):
         net.history.record("n_observations", net.data_.n_observations)
         net.history.record("curvature", self.chosen.estimator.columns)
         net.history.record("curvature_rows", min(self.chosen.n_rows, len(net.data_)))
-        log_precision = net.prior_.log_precision.cpu()
+        log_precision = net.log_hyperparameters()
         net.effective_dimensions_ = net.processes_.agreed(
             objective.effective_dimensions(log_precision)
         )
@@ -464,7 +479,7 @@ class Course(Callback):
                 return
         if not self.evidence.steps or self.evidence.log_det_weight(epoch) == 1.0:
             self._conclude(net)
-        if self.evidence.steps and not self.rate.cooling:
+        if self.evidence.learns_prior and not self.rate.cooling:
             # Only now: the figure is that of the network as it was. And not while the rate falls,
             # when the others could no longer take over what a pathway still did.
             self.start.prune(net.module_, net.effective_dimensions_)
@@ -473,11 +488,11 @@ class Course(Callback):
         """Note the figure, and the state if it is the best one."""
         figure = self._figure(net)
         if self.keep_best and not self.endless and (self.best is None or figure > self.best[0]):
-            self.best = (figure, self.evidence.state or state_of(net.module_, net.prior_))
+            self.best = (figure, self.evidence.state or state_of(net))
         self.converged = self.plateau.reached(figure) or self.converged
 
     def _released(self, net: SoftEquivariantNet, epoch: int) -> bool:
-        learn = self.evidence.steps > 0
+        learn = self.evidence.learns_prior
         return self.start.release(net.module_, net.prior_, learn, net.generator(epoch))
 
     def _restarted(self, net: SoftEquivariantNet, epoch: int) -> bool:
@@ -487,6 +502,7 @@ class Course(Callback):
         if not restart_jointly(net.module_, net.prior_, net.generator(epoch)):
             return False
         self.start = JointStart()
+        net.initialize_criterion()  # a noise that was learned, too, is as at the start
         self.evidence.forget()
         net.optimizer_.state.clear()  # moments of weights that are gone
         return True
@@ -516,13 +532,13 @@ class Course(Callback):
             if self.best is not None and self.best[0] > figure:
                 restored = self._returned(net, self.best[1])
         self.best = None
-        if restored or evidence.sampled:
-            del last  # the curvature of these weights or rows
+        if restored or evidence.sampled or last.noise is not None:
+            del last  # the curvature of these weights or rows, or at another noise
             last = evidence.complete(net, keep=True)
-        if evidence.steps and not self.holding:
+        if evidence.learns_prior and not self.holding:
             last = self._settled(net, last)
         evidence.forget_data()
-        log_precision = net.prior_.log_precision.cpu()
+        log_precision = net.log_hyperparameters()
         net.linear_term_ = last.linear_term(net.log_joint_gradients(), log_precision)
         net.laplace_ = last if self.keeps_curvature else replace(last, factors={})
 
@@ -538,7 +554,7 @@ class Course(Callback):
         if self.evidence.state is not None:
             layers = net.module_.layers.values()
             gone = [(b, name) for b in layers for name in b.pathways if b.removed(name)]
-            restore(net.module_, net.prior_, self.evidence.state)
+            restore(net, self.evidence.state)
             for block, name in gone:  # by what that evidence said
                 block.remove(name)
         return True
@@ -546,12 +562,12 @@ class Course(Callback):
     def _average(self, net: SoftEquivariantNet) -> None:
         """Take the mean weights of the cool-down; with a learned prior, no surer than may be."""
         self.mean.load(net.enabled_tensors())
-        if self.evidence.steps:
+        if self.evidence.learns_prior and not self.endless:
             net.temper(-LEAST_LOSS * net.weight_sum_.item())
 
     def _settled(self, net: SoftEquivariantNet, last: LaplaceEvidence) -> LaplaceEvidence:
         """Take out what is as good as off, if the evidence does not fall by what would count."""
-        here, log_precision = state_of(net.module_, net.prior_), net.prior_.log_precision.cpu()
+        here, log_precision = state_of(net), net.log_hyperparameters()
         dimensions = net.processes_.agreed(last.effective_dimensions(log_precision))
         if not self.start.settle(net.module_, dimensions):
             return last
@@ -559,21 +575,21 @@ class Course(Callback):
         value, before = (found.evidence(log_precision).value for found in (without, last))
         if net.processes_.agreed(value >= before - self.plateau.tol * net.data_.n_observations):
             return without
-        restore(net.module_, net.prior_, here)
+        restore(net, here)
         return last
 
     def _returned(self, net: SoftEquivariantNet, best: State) -> bool:
         """Return to the best state; where figures are of samples, if all rows say so, too."""
-        evidence, here, now = self.evidence, None, state_of(net.module_, net.prior_)
+        evidence, here, now = self.evidence, None, state_of(net)
         if evidence.sampled:
-            here = evidence.complete(net).evidence(net.prior_.log_precision.cpu())
-        restore(net.module_, net.prior_, best)
+            here = evidence.complete(net).evidence(net.log_hyperparameters())
+        restore(net, best)
         if here is None:
             return True
-        there = evidence.complete(net).evidence(net.prior_.log_precision.cpu())
+        there = evidence.complete(net).evidence(net.log_hyperparameters())
         better = net.processes_.agreed(there.value > here.value)
         if not better:
-            restore(net.module_, net.prior_, now)
+            restore(net, now)
         return better
 
 

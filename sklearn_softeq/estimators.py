@@ -1,46 +1,20 @@
-"""The classifier: parameters, fit as a table of contents, and what a fit reveals."""
+"""The classifier: parameters, what it makes of labels, and what a fit reveals."""
 
-import os
-from numbers import Integral, Real
+from numbers import Integral
 from typing import ClassVar
 
 import numpy as np
 import torch
 from sklearn.base import ClassifierMixin, _fit_context
-from sklearn.utils import Bunch
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from .base import SoftEquivariantBase
-from .batches import AUGMENTATIONS, BATCH_ROWS, TrainingData, batch_rows
-from .budget import rows_of_a_pass
-from .checkpoint import data_digests
-from .curvature import COLUMNS, KFAC_FORMS
-from .groups import GROUPS
-from .layers import PATHWAYS
-from .marginal_likelihood import HYPER_SOLVERS
-from .networks import ACTIVATIONS, ARCHITECTURES
+from .likelihoods import Categorical
 from .onnx_export import exported
-from .predictive import PREDICTIVES, laplace_outputs, log_odds, map_outputs
-from .schedules import LR_SCHEDULES, STARTS
+from .predictive import laplace_outputs, log_odds
 from .simplification import simplified
-from .symmetry import (
-    equivariance_errors,
-)
-from .training import AMP_DTYPES, OPTIMIZERS
-from .twins import twin_of
-from .validation import (
-    check_classes,
-    check_images,
-    check_incremental_class_weight,
-    check_names,
-    check_same_shape,
-    check_weights,
-    distinct_rows,
-    encode,
-    resolve_device,
-    resolve_image_shape,
-)
+from .validation import check_classes, check_incremental_class_weight, check_weights, encode
 
 __all__ = ["SoftEquivariantClassifier"]
 
@@ -338,50 +312,13 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
     (1597,)
     """
 
+    _built_from = ("classes_", *SoftEquivariantBase._built_from)
+    _said_to_change = "a probability"
+
     _parameter_constraints: ClassVar[dict] = {
-        "pathways": ["array-like", str],
-        "architecture": [StrOptions(set(ARCHITECTURES))],
-        "width": [Interval(Integral, 1, None, closed="left")],
-        "activation": [StrOptions(set(ACTIVATIONS))],
-        "anchor_fraction": [Interval(Real, 0, 1, closed="right"), StrOptions({"auto"})],
-        "image_shape": ["array-like", None],
-        "standardize": ["boolean"],
-        "learn_prior": ["boolean"],
-        "learn_lengthscale": ["boolean"],
-        "start": [StrOptions(set(STARTS))],
-        "prior_precision": [Interval(Real, 0, None, closed="neither")],
-        "burn_in": [Interval(Integral, 1, None, closed="left")],
-        "evidence_every": [Interval(Integral, 1, None, closed="left")],
-        "hyper_solver": [StrOptions(set(HYPER_SOLVERS))],
-        "hyper_steps": [Interval(Integral, 1, None, closed="left")],
-        "hyper_lr": [Interval(Real, 0, None, closed="neither"), None],
-        "hyper_warmup": [Interval(Integral, 0, None, closed="left")],
-        "curvature": [StrOptions({"auto", *COLUMNS})],
-        "curvature_samples": [Interval(Integral, 1, None, closed="left")],
-        "curvature_subset": [Interval(Integral, 1, None, closed="left"), None],
-        "kfac": [StrOptions(set(KFAC_FORMS))],
-        "max_epochs": [Interval(Integral, 1, None, closed="left")],
-        "tol": [Interval(Real, 0, None, closed="left")],
-        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
-        "keep_best": ["boolean"],
-        "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
-        "lr": [Interval(Real, 0, None, closed="neither"), None],
-        "lr_schedule": [StrOptions(set(LR_SCHEDULES))],
-        "optimizer": [StrOptions(set(OPTIMIZERS))],
-        "augment": [StrOptions(set(AUGMENTATIONS)), callable, None],
-        "amp": [StrOptions(set(AMP_DTYPES)), None],
-        "compile": ["boolean"],
-        "predictive": [StrOptions(set(PREDICTIVES))],
+        **SoftEquivariantBase._parameter_constraints,
         "predictive_samples": [Interval(Integral, 1, None, closed="left"), None],
-        "predictive_temperature": [Interval(Real, 0, None, closed="neither")],
         "class_weight": [dict, StrOptions({"balanced"}), None],
-        "device": [str, torch.device],
-        "dtype": [StrOptions({"auto", "float32", "float64"})],
-        "random_state": ["random_state"],
-        "warm_start": ["boolean"],
-        "callbacks": [list, tuple, None],
-        "checkpoint_dir": [str, os.PathLike, None],
-        "verbose": ["verbose"],
     }
 
     def __init__(
@@ -520,19 +457,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
             last evidence. If a checkpoint is damaged or cannot be written, or was made with another
             number of threads.
         """
-        previous = self.net_ if self.warm_start and self.__sklearn_is_fitted__() else None
-        classes = self.classes_ if previous else None
-        tasks = self._tasks(X, y, sample_weight)
-        with self._unchanged_on_error(KeyboardInterrupt):
-            with self._unchanged_on_error():
-                data = self._shared(X, y, sample_weight, classes)
-                run = self._run(data, previous)
-                net = self._build_net(data, previous, run, tasks=tasks)
-            self._train(net, data, run)
-        self._warn_if_not_converged()
-        if tasks is not None:
-            tasks.ended()
-        return self
+        classes = self.classes_ if self._previous() else None
+        return self._fit(X, y, sample_weight, classes)
 
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X, y, classes=None, sample_weight=None):
@@ -567,53 +493,35 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         MemoryError
             As in ``fit``.
         """
-        previous = self.net_ if self.__sklearn_is_fitted__() else None
-        classes = check_classes(classes, self.classes_ if previous else None)
+        known = self.classes_ if self.__sklearn_is_fitted__() else None
+        classes = check_classes(classes, known)
         check_incremental_class_weight(self.class_weight)
-        with self._unchanged_on_error():
-            data = self._shared(X, y, sample_weight, classes, first=previous is None)
-            net = previous
-            if net is None or not net.course.endless:
-                net = self._build_net(data, previous, endless=True)
-            net.batch_size = batch_rows(self.batch_size, len(data))
-        self._train(net, data)
-        return self
+        return self._partial_fit(X, y, sample_weight, classes)
 
-    def _prepare(self, X, y, sample_weight, classes, first=True) -> TrainingData:
-        """Check everything that a user passes; the rows of positive weight on the device."""
-        check_names(self.pathways, PATHWAYS, "pathways")
-        if self.amp is not None and self.dtype == "float64":
-            raise ValueError(
-                f"amp={self.amp!r} is for computation in float32; use dtype='auto' or 'float32'."
-            )
-        device = resolve_device(self.device) if first else self.device_
-        X, y, found = check_images(self, X, y, reset=first)
-        if first:
-            shape = resolve_image_shape(self.image_shape, found, X.shape[1])
-        else:
-            shape = check_same_shape(found, self.image_shape_)
+    @property
+    def _n_outputs(self) -> int:
+        return len(self.classes_)
+
+    @property
+    def _likelihood(self) -> Categorical:
+        return Categorical()
+
+    def _encoded(self, y, present, classes):
         classes = np.unique(y) if classes is None else classes
-        codes = encode(y, classes)
-        digests = {}
-        if self.checkpoint_dir is not None:
-            counts = check_weights(sample_weight, X, y, classes, None)
-            digests = data_digests(X, y, counts, shape)
-        weights = check_weights(sample_weight, X, y, classes, self.class_weight)
-        X, codes, weights = distinct_rows(X, codes, weights)
-        self.classes_, self.image_shape_, self.device_ = classes, shape, device
-        if first:
-            self._set_standardizer(X, weights, shape[0])
-        inputs = self._as_images(X)
-        if not first:
-            inputs = inputs.to(next(self.module_.parameters()).dtype)
-        seen = weights.sum() + (0.0 if first else self.n_observations_)
-        return TrainingData(
-            inputs.to(device),
-            torch.tensor(codes, device=device),
-            torch.tensor(weights, dtype=inputs.dtype, device=device),
-            float(seen),
-            digests,
-        )
+        return encode(y, classes), classes
+
+    def _weights(self, sample_weight, X, y, classes):
+        return check_weights(sample_weight, X, y, classes, self.class_weight)
+
+    def _targets(self, classes, codes, weights, first):
+        self.classes_ = classes
+        return codes
+
+    def _described(self) -> str:
+        return repr(self.classes_.tolist())
+
+    def _compared(self, X):
+        return self.predict_proba(X)
 
     def decision_function(self, X):
         """Log odds of the probabilities of ``predict_proba``.
@@ -690,16 +598,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
 
     def _outputs(self, X) -> torch.Tensor:
         """What the softmax of is predicted, (n, K)."""
-        check_is_fitted(self)
-        if self.predictive == "map":
-            n_rows = BATCH_ROWS if self.batch_size == "auto" else self.batch_size
-            return map_outputs(self.module_, self._new_images(X), n_rows)
-        self._validate_params()  # they may have been set since the fit
-        if "posterior_" not in vars(self):
-            raise ValueError(
-                'predictive="laplace" needs the posterior of the weights, which is kept only by a '
-                'fit with it: call fit with predictive="laplace", or set predictive="map".'
-            )
+        if self._takes_map():
+            return self._map_outputs(X)
         return laplace_outputs(
             self.module_,
             self.posterior_,
@@ -708,6 +608,9 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
             self.predictive_samples,
             self.predictive_temperature,
         )
+
+    # It is the same for all, and is to stand among the methods that are documented.
+    equivariance_error = SoftEquivariantBase.equivariance_error
 
     def simplify(self, X, threshold=0.01, tol=1e-3):
         """A copy without the pathways that the evidence has switched off.
@@ -777,35 +680,3 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         check_is_fitted(self)
         exported(self).save(path)
         return path
-
-    def equivariance_error(self, X, group="translation"):
-        """How far the layers and the whole network are from commuting with a group.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, features), (n, H, W) or (n, C, H, W)
-            Images to measure on.
-        group : {"translation", "p4", "p4m", "pm"}, default="translation"
-            "translation": cyclic shifts of the padded canvas, by one pixel and by half of it.
-            "p4": its quarter turns; "pm": its reflection left ↔ right; "p4m": both. Where the
-            canvas, or the grid of a layer, is not square, only those that keep its shape.
-
-        Returns
-        -------
-        Bunch
-            ``layers`` : ndarray of shape (L,), ‖f(gh) − g f(h)‖ / ‖f(h)‖ of each layer on its own
-            input; 0 is strict equivariance. ``free`` : ndarray of shape (L,), the same of an
-            untrained free layer in its place, the scale at which no symmetry is left.
-            ``logits`` : float, ‖f(gx) − f(x)‖ / ‖f(x)‖ of the whole network; 0 is invariance.
-
-        Raises
-        ------
-        ValueError
-            If the group is unknown.
-        """
-        check_is_fitted(self)
-        if group not in list(GROUPS):
-            raise ValueError(f"group={group!r} is not known. Choose one of {sorted(GROUPS)}.")
-        batches = self._new_images(X).to(self.device_).split(rows_of_a_pass(self.module_))
-        network = twin_of(self.module_)  # what the layers see is found out by hooks
-        return Bunch(**equivariance_errors(network, batches, GROUPS[group])._asdict())

@@ -113,6 +113,16 @@ class KFAC(torch.optim.Optimizer):
                 left, right = state["inverse"]
                 state["inverse"] = left, right * scale**2
 
+    @torch.no_grad()
+    def sharpen(self, rise: float) -> None:
+        """Follow a curvature that has risen by a factor, as all does when a noise falls.
+
+        The momentum stays: it is of steps, whose length hangs on the ratio of both.
+        """
+        for state in self.state.values():
+            if "right" in state:
+                state["right"] = state["right"] * rise
+
     def forget(self) -> None:
         """Drop the curvature, which is large beside the weights."""
         for state in self.state.values():

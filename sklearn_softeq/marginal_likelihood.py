@@ -5,8 +5,13 @@
 Nothing in λ, μ depends on δ: one eigendecomposition serves any number of steps. The gradient is
 in closed form, ∂ log q / ∂ log δ_g = ½ (γ_g − δ_g ‖w*_g‖²). A lengthscale reaches λ, μ and the
 likelihood: there each evidence gives a gradient for one step.
+
+The precision β = 1/σ² of a Gaussian noise that is learned is one precision more, the last of the
+vector of logarithms: the curvature is in proportion to it, so that another β comes to the same in
+λμ/δ as other δ.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +22,7 @@ import torch
 from .anchors import LOG_OMEGA_BOUNDS
 from .hyperparameters import LOG_PRECISION_BOUNDS
 from .kronecker import Kronecker, Spectrum
+from .likelihoods import Noise
 
 __all__ = [
     "HYPER_SOLVERS",
@@ -50,7 +56,7 @@ class Evidence(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LaplaceEvidence:
-    """log q(D | δ) as a function of the log precisions.
+    """log q(D | δ) as a function of the log precisions, that of a learned noise among them.
 
     Parameters
     ----------
@@ -72,6 +78,9 @@ class LaplaceEvidence:
         ∂ log p(D | w*) / ∂ log ω by the name of each map with a lengthscale.
     factors : dict of str to Kronecker, optional
         The curvature itself, for :meth:`linear_term`.
+    noise : Noise, optional
+        That is learned, and at which all of this was found. The vectors of log precisions have a
+        last entry, log β, then.
     """
 
     log_likelihood: float
@@ -82,20 +91,20 @@ class LaplaceEvidence:
     log_det_weight: float = 1.0
     slopes: Mapping[str, float] = field(default_factory=dict)
     factors: Mapping[str, Kronecker] = field(default_factory=dict)
+    noise: Noise | None = None
 
     def evidence(self, log_precision: torch.Tensor) -> Evidence:
         """The estimate and its terms at a vector of log precisions."""
-        precisions = log_precision.exp()
-        log_det = self._of_each(Spectrum.log_det_ratio, precisions).sum()
+        log_det = self._of_each(Spectrum.log_det_ratio, log_precision).sum()
         return Evidence(
-            self.log_likelihood,
-            torch.dot(self._squares, precisions[self._places]).item(),
+            self._log_likelihood_at(log_precision),
+            torch.dot(self._squares, log_precision.exp()[self._places]).item(),
             log_det.item(),
         )
 
     def effective_dimensions(self, log_precision: torch.Tensor) -> dict[str, float]:
         """γ of each tensor, between 0 and its number of weights."""
-        found = self._of_each(Spectrum.effective_dimensions, log_precision.exp())
+        found = self._of_each(Spectrum.effective_dimensions, log_precision)
         return dict(zip(self.spectra, found.tolist(), strict=True))
 
     def linear_term(
@@ -113,17 +122,31 @@ class LaplaceEvidence:
         log_precision : tensor
             log δ, at which these gradients were taken.
         """
-        precisions = log_precision.exp()
+        precisions, rise = log_precision.exp(), self._rise(log_precision)
         return 0.5 * sum(
-            factor.inverse_form(gradients[name], precisions[self.index[name]].item())
+            factor.inverse_form(gradients[name], precisions[self.index[name]].item() / rise) / rise
             for name, factor in self.factors.items()
         )  # Eq. linear term
 
     def balance(self, log_precision: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """c γ, with c the charge, and ‖w‖² of each entry; zero for tensors that are not in use."""
-        found = self._of_each(Spectrum.effective_dimensions, log_precision.exp())
+        """c γ, with c the charge, and ‖w‖² of each entry; zero for tensors that are not in use.
+
+        For the noise N K, and the squares that the posterior expects, Σ w ‖y − f‖² + Σ_g γ_g / β.
+        At the mode's squares and N K − Σ γ, as in MacKay's formula, balance is at the same β; but
+        block by block Σ γ may exceed N K, and here each step is one of expectation maximisation,
+        which raises the evidence always. No more is expected than what the mean leaves, N K for
+        targets of unit variance, if the network does not leave more. Neither charges nor the
+        weight of the log determinants touch it: with less than all of γ a close fit would call
+        for a small noise, and that for a closer fit.
+        """
+        found = self._of_each(Spectrum.effective_dimensions, log_precision)
         gamma = torch.zeros_like(log_precision).index_put((self._places,), self._charges * found)
-        return gamma, torch.zeros_like(log_precision).index_put((self._places,), self._squares)
+        squares = torch.zeros_like(log_precision).index_put((self._places,), self._squares)
+        if self.noise is not None:
+            n, left = self.noise.n_numbers, self.noise.squares
+            expected = left + (found.sum() / log_precision[-1].exp()).item()  # Eq. noise
+            gamma[-1], squares[-1] = n, min(expected, max(left, n))
+        return gamma, squares
 
     def gradient(self, log_precision: torch.Tensor) -> torch.Tensor:
         """∂ log q / ∂ log δ = ½ (c γ − δ ‖w‖²), with charge c = 1 the gradient of the evidence."""
@@ -136,13 +159,28 @@ class LaplaceEvidence:
         Log determinants count as far as they have come to count for the precisions. Charges are
         about the precisions alone.
         """
-        gradient = {}
+        gradient, rise = {}, self._rise(log_precision)
         for name, slope in self.slopes.items():
             tensor = f"{name}.weight"
-            precision = log_precision[self.index[tensor]].exp()
+            precision = log_precision[self.index[tensor]].exp() / rise
             log_det_slope = self.spectra[tensor].log_det_slope(precision).item()
-            gradient[name] = slope - 0.5 * self.log_det_weight * log_det_slope  # Eq. gradient in ω
+            # Eq. gradient in ω
+            gradient[name] = rise * slope - 0.5 * self.log_det_weight * log_det_slope
         return gradient
+
+    def _rise(self, log_precision: torch.Tensor) -> float:
+        """What the curvature is multiplied by: β, in units of that at which it was taken."""
+        if self.noise is None:
+            return 1.0
+        return math.exp(log_precision[-1].item() - self.noise.log_precision)
+
+    def _log_likelihood_at(self, log_precision: torch.Tensor) -> float:
+        if self.noise is None:
+            return self.log_likelihood
+        change = log_precision[-1].item() - self.noise.log_precision
+        precisions = math.exp(self.noise.log_precision), math.exp(log_precision[-1].item())
+        squares = (precisions[1] - precisions[0]) * self.noise.squares
+        return self.log_likelihood + 0.5 * (self.noise.n_numbers * change - squares)
 
     # Of the tensors in use, in the order of ``spectra``; many steps ask for them.
 
@@ -160,16 +198,19 @@ class LaplaceEvidence:
         return torch.tensor(charges, dtype=torch.float64)
 
     def _of_each(
-        self, function: Callable[[Spectrum, float], torch.Tensor], precisions: torch.Tensor
+        self, function: Callable[[Spectrum, float], torch.Tensor], log_precision: torch.Tensor
     ) -> torch.Tensor:
-        """A figure of each spectrum at its precision."""
-        at = precisions[self._places].tolist()
+        """A figure of each spectrum at its precision; a curvature s H at δ is H at δ/s."""
+        rise = self._rise(log_precision)
+        at = (log_precision.exp()[self._places] / rise).tolist()
         found = [function(each, p) for each, p in zip(self.spectra.values(), at, strict=True)]
-        return torch.stack(found) if found else precisions.new_zeros(0)
+        return torch.stack(found) if found else log_precision.new_zeros(0)
 
 
 class FixedPointSolver:
     """MacKay's fixed point δ = c γ / ‖w‖² (charge c, usually 1), damped in the logarithm.
+
+    And σ² = (Σ w ‖y − f‖² + Σ γ σ²) / N K, of a noise that is learned.
 
     Parameters
     ----------

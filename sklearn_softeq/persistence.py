@@ -39,6 +39,7 @@ def packed(net: SoftEquivariantNet) -> dict[str, Any]:
             for name, value in net.module_.state_dict().items()
         },
         "log_precision": net.prior_.log_precision.cpu().numpy(),
+        "noise": net.criterion_.log_hyperparameters(),
         "history": columns(net.history),
         "course": {
             "start": plain_start(course.start),
@@ -61,12 +62,12 @@ def unpacked(state: Mapping[str, Any], clf: Any) -> SoftEquivariantNet:
     ----------
     state : dict
         As from :func:`packed`.
-    clf : SoftEquivariantClassifier
-        Its classes, image shape and device count, not its parameters: these may have been changed
-        since the net was trained.
+    clf : SoftEquivariantBase
+        Its fitted attributes count, such as classes, image shape and device, not its parameters:
+        these may have been changed since the net was trained.
     """
     owner = type(clf)(**state["settings"])
-    for name in ("classes_", "image_shape_", "device_"):
+    for name in clf._built_from:
         setattr(owner, name, getattr(clf, name))
     inputs = torch.empty(0, *clf.image_shape_, dtype=getattr(torch, state["dtype"]))
     no_rows = TrainingData(inputs, torch.empty(0), torch.empty(0), clf.n_observations_)
@@ -87,6 +88,7 @@ def unpacked(state: Mapping[str, Any], clf: Any) -> SoftEquivariantNet:
         }
     )
     net.prior_.log_precision.copy_(torch.tensor(state["log_precision"]))
+    net.criterion_ = net.criterion_.with_log_hyperparameters(state["noise"])
     net.history_.extend(rows(state["history"]))
     net.course.rate = LearningRate(**course["rate"])
     if net.course.endless:  # the moments of the optimizer have to be found again

@@ -10,7 +10,15 @@ from .memory import in_fewer_rows
 from .posterior import TILE, Posterior, output_covariance, rows_of_a_prediction
 from .twins import twin_of
 
-__all__ = ["PREDICTIVES", "laplace_outputs", "log_odds", "map_outputs", "moderated", "sampled"]
+__all__ = [
+    "PREDICTIVES",
+    "laplace_outputs",
+    "laplace_variances",
+    "log_odds",
+    "map_outputs",
+    "moderated",
+    "sampled",
+]
 
 #: How a prediction uses the posterior: not at all, or by integrating over it.
 PREDICTIVES = ("map", "laplace")
@@ -110,6 +118,25 @@ def laplace_outputs(
 
     n_rows = rows_of_a_prediction(network, posterior, 1 if closed else n_outputs)
     return _in_batches(outputs, network, inputs, n_rows)
+
+
+def laplace_variances(
+    network: nn.Module, posterior: Posterior, inputs: torch.Tensor, n_outputs: int
+) -> torch.Tensor:
+    """Variances of the outputs of the linearised network, (n, K), float64 on the CPU.
+
+    Parameters
+    ----------
+    network, posterior, inputs, n_outputs
+        As of :func:`laplace_outputs`; the same is said there of batches.
+    """
+    device = next(network.parameters()).device
+    directions = torch.eye(n_outputs, dtype=torch.float64, device=device)
+
+    def variances(rows: torch.Tensor) -> torch.Tensor:
+        return output_covariance(network, posterior, rows, directions, diagonal=True)[1]
+
+    return _in_batches(variances, network, inputs, rows_of_a_prediction(network, posterior, 1))
 
 
 def _in_batches(

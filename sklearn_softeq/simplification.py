@@ -1,4 +1,4 @@
-"""A fitted classifier without the pathways that are of no use any more."""
+"""A fitted estimator without the pathways that are of no use any more."""
 
 import copy
 import time
@@ -17,7 +17,7 @@ N_TIMINGS = 3
 
 
 def simplified(clf: Any, X, threshold: float, tol: float) -> Any:
-    """A copy of a fitted classifier without its idle pathways.
+    """A copy of a fitted estimator without its idle pathways.
 
     See :meth:`SoftEquivariantClassifier.simplify`.
     """
@@ -30,11 +30,11 @@ def simplified(clf: Any, X, threshold: float, tol: float) -> Any:
     simple = _twin(clf)
     simple.net_.discard(removed)
     _take_out(places, simple)
-    (before, slow), (after, fast) = (_timed(c.predict_proba, X) for c in (clf, simple))
+    (before, slow), (after, fast) = (_timed(c._compared, X) for c in (clf, simple))
     change = float(np.abs(after - before).max())
     if change > tol:
         raise ValueError(
-            f"Without the pathways below threshold={threshold} a probability changes by "
+            f"Without the pathways below threshold={threshold} {clf._said_to_change} changes by "
             f"{change:.2g}, more than tol={tol}. Lower the threshold, or accept it with a "
             "larger tol."
         )

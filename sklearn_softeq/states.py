@@ -1,27 +1,29 @@
-"""States of a network and its prior in memory: kept, restored, averaged."""
+"""States of a network, its prior and its likelihood in memory: kept, restored, averaged."""
 
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from .hyperparameters import LayerwisePrior
-
 __all__ = ["State", "WeightMean", "restore", "state_of"]
 
-State = tuple[dict, dict]
+State = tuple[dict, dict, list[float]]
 
 
-def state_of(module: torch.nn.Module, prior: LayerwisePrior) -> State:
-    """A copy of weights, of what is switched off, and of the precisions."""
-    return copy.deepcopy((module.state_dict(), prior.state_dict()))
+def state_of(net: Any) -> State:
+    """A copy of weights, of what is switched off, of the precisions and of a learned noise."""
+    states = net.module_.state_dict(), net.prior_.state_dict()
+    return *copy.deepcopy(states), net.criterion_.log_hyperparameters()
 
 
-def restore(module: torch.nn.Module, prior: LayerwisePrior, state: State) -> None:
-    """Bring a state back."""
-    module.load_state_dict(state[0])
-    prior.load_state_dict(state[1])
+def restore(net: Any, state: State) -> None:
+    """Bring a state back; a noise that is not learned stays, and so does one of a net without."""
+    net.module_.load_state_dict(state[0])
+    net.prior_.load_state_dict(state[1])
+    if state[2]:
+        net.criterion_ = net.criterion_.with_log_hyperparameters(state[2])
 
 
 class WeightMean:

@@ -99,6 +99,7 @@ class SoftEquivariantNet(NeuralNet):
     processes_ = ALONE  # but for the time of training
     ends_on_interrupt_ = False  #: whether an interrupt ends training, if there is a state to keep
     interrupted_ = 0  #: the epoch in which it did
+    criterion_: Any  # the likelihood, a value
     compiled_: Callable | None = None
     origin: tuple[dict[str, Any], tuple]  #: parameters and seeds of the estimator it was built for
 
@@ -158,15 +159,18 @@ class SoftEquivariantNet(NeuralNet):
                 "changed, or simplify() has taken pathways out. Set warm_start=False, or fit a "
                 "new estimator."
             )
-        restore(self.module_, self.prior_, state_of(previous.module_, previous.prior_))
+        restore(self, state_of(previous))
         if history:
             self.history_ = copy.deepcopy(previous.history)
 
     def set_paces(self, paces: Mapping[str, float]) -> None:
         """Give tensors, by name, learning rates that are parts of the common one.
 
-        Only Adam's: steps of the others shrink with the gradient.
+        Only Adam's: steps of the others shrink with the gradient. SGD has the likelihood's pace.
         """
+        if isinstance(self.optimizer_, torch.optim.SGD):
+            for group in self.optimizer_.param_groups:
+                group["pace"] = self.criterion_.pace
         if not isinstance(self.optimizer_, torch.optim.Adam):
             return
         common, *own = self.optimizer_.param_groups
@@ -178,6 +182,35 @@ class SoftEquivariantNet(NeuralNet):
                 groups[id(tensor)] = {**common, "params": [tensor]}
                 self.optimizer_.param_groups.append(groups[id(tensor)])
             groups[id(tensor)]["pace"] = pace
+
+    def log_hyperparameters(self) -> torch.Tensor:
+        """log δ, and the logarithm of the noise's precision as a last entry if it is learned."""
+        log_precision = self.prior_.log_precision.cpu()
+        noise = self.criterion_.log_hyperparameters()
+        if not noise:
+            return log_precision
+        return torch.cat([log_precision, log_precision.new_tensor(noise)])
+
+    def set_log_hyperparameters(self, values: torch.Tensor) -> None:
+        """Go on with other ones."""
+        n_precisions = len(self.prior_.log_precision)
+        self.prior_.log_precision.copy_(values[:n_precisions])
+        self._set_likelihood(
+            self.criterion_.with_log_hyperparameters(values[n_precisions:].tolist())
+        )
+
+    def _set_likelihood(self, likelihood: Any) -> None:
+        """Take a likelihood of another noise; what is remembered of gradients follows it."""
+        rise = self.criterion_.pace / likelihood.pace
+        self.criterion_ = likelihood
+        if rise == 1.0:
+            return
+        if isinstance(self.optimizer_, KFAC):
+            self.optimizer_.sharpen(rise)
+        powers = {"exp_avg": 1, "exp_avg_sq": 2, "momentum_buffer": 1}
+        for state in self.optimizer_.state.values():
+            for name in powers.keys() & state.keys():
+                state[name].mul_(rise ** powers[name])
 
     def discard(self, pathways: Iterable[tuple[str, str]]) -> None:
         """Take pathways out, given by layer and name, with their precisions and moments."""
@@ -339,6 +372,27 @@ class SoftEquivariantNet(NeuralNet):
             total += torch.dot(weights.double(), log_prob.double()).item()
         return self.processes_.agreed(total)
 
+    def fit_noise(self, data: TrainingData) -> None:
+        """Go on with the noise that some data show, where it is learned."""
+        if not self.criterion_.log_hyperparameters():
+            return
+        found = self.criterion_.at_best_noise(*self._judged(data))
+        if math.isfinite(found.noise_variance):
+            self._set_likelihood(found)
+
+    def score(self, data: TrainingData) -> float:
+        """Log likelihood of each observation of some data at their best noise, in nats."""
+        return self.criterion_.score(*self._judged(data))
+
+    def constant_score(self, data: TrainingData) -> float:
+        """The same of the best prediction that ignores the inputs."""
+        constant = self.criterion_.constant_log_likelihood(data.targets, data.weights)
+        return self.criterion_.score(constant, data.weights.sum().item(), data.n_targets)
+
+    def _judged(self, data: TrainingData) -> tuple[float, float, int]:
+        """Log likelihood of some data, of how many observations, of how many numbers each."""
+        return self.log_likelihood(data), data.weights.sum().item(), data.n_targets
+
     @torch.no_grad()
     def temper(self, log_likelihood: float) -> float:
         """Scale the outputs down until that of the training data is no higher than this.
@@ -359,12 +413,10 @@ class SoftEquivariantNet(NeuralNet):
         return scale
 
     def explained(self) -> float:
-        """1 − log p(D | w) / log p(D | the best constant): 0 for a network that ignores its inputs.
-
-        1 where there is nothing to explain, as for a single class.
-        """
+        """The part of what can be explained that is: 0 for a network that ignores its inputs."""
+        log_likelihood, *size = self._judged(self.data_)
         constant = self.criterion_.constant_log_likelihood(self.data_.targets, self.data_.weights)
-        return 1.0 if constant == 0 else 1.0 - self.log_likelihood(self.data_) / constant
+        return self.criterion_.explained(log_likelihood, constant, *size)
 
     @full_precision()
     def log_joint_gradients(self) -> dict[str, torch.Tensor]:
@@ -389,7 +441,7 @@ class SoftEquivariantNet(NeuralNet):
 
     def outcome(self, data: TrainingData) -> dict[str, Any]:
         """What the last evidence of a training has said; its spectra have then served."""
-        log_precision, laplace = self.prior_.log_precision.cpu(), self.laplace_
+        log_precision, laplace = self.log_hyperparameters(), self.laplace_
         found = {
             "effective_dimensions": laplace.effective_dimensions(log_precision),
             "evidence": laplace.evidence(log_precision).value,

@@ -25,10 +25,13 @@ __all__ = [
     "check_images",
     "check_incremental_class_weight",
     "check_names",
+    "check_same_outputs",
     "check_same_shape",
     "check_weights",
     "distinct_rows",
+    "distinct_targets",
     "encode",
+    "mean_and_scale",
     "present_device",
     "resolve_device",
     "resolve_image_shape",
@@ -38,9 +41,14 @@ ImageShape = tuple[int, int, int]
 
 
 def check_images(
-    estimator: BaseEstimator, X: Any, y: Any = "no_validation", *, reset: bool
+    estimator: BaseEstimator,
+    X: Any,
+    y: Any = "no_validation",
+    *,
+    reset: bool,
+    numbers: bool = False,
 ) -> tuple[np.ndarray, Any, ImageShape | None]:
-    """Rows as a float array of shape (n, C·H·W), labels, and the image shape if X had one.
+    """Rows as a float array of shape (n, C·H·W), targets, and the image shape if X had one.
 
     Parameters
     ----------
@@ -49,26 +57,46 @@ def check_images(
     X : array-like of shape (n, features), (n, H, W) or (n, C, H, W)
         NumPy array, list, DataFrame or torch tensor on any device. float64 stays float64; uint8,
         bool and float16 become float32; other integers become float64, as in scikit-learn.
-    y : array-like of shape (n,) or "no_validation"
-        Class labels; None is an error, in scikit-learn's words.
+    y : array-like of shape (n,), (n, K) or "no_validation"
+        Class labels, or numbers; None is an error, in scikit-learn's words.
     reset : bool
         True in fit.
+    numbers : bool, default=False
+        Whether y has numbers, of which each row may have several, and not class labels. They become
+        float64.
 
     Raises
     ------
     ValueError, TypeError
         scikit-learn's own, for NaN, infinity, complex, sparse, object or empty data, for a
-        wrong number of features and for a y that is missing or no vector of class labels.
+        wrong number of features and for a y that is missing, or neither a vector of class labels
+        nor finite numbers, as it should be.
     """
     X, shape = _flattened(X)
     if isinstance(y, torch.Tensor):
         y = y.detach().cpu().numpy()
     dtypes = [np.float64, np.float32]
-    checked = validate_data(estimator, X, y, reset=reset, dtype=dtypes)
+    kind = {"multi_output": True, "y_numeric": True} if numbers else {}
+    checked = validate_data(estimator, X, y, reset=reset, dtype=dtypes, **kind)
     if isinstance(y, str):
         return checked, None, shape
+    if numbers:
+        return checked[0], _as_numbers(checked[1]), shape
     check_classification_targets(checked[1])
     return *checked, shape
+
+
+def _as_numbers(y: Any) -> np.ndarray:
+    """Targets as float64, (n,) or (n, K)."""
+    if not isinstance(y, np.ndarray) or y.dtype.kind not in "biuf":
+        kind = y.dtype if isinstance(y, np.ndarray) else type(y).__name__
+        raise ValueError(f"y has to be a dense array of real numbers, but it is of {kind}.")
+    if y.ndim > 2 or not y[:1].size:
+        raise ValueError(
+            f"y has the shape {y.shape}; (n,) or (n, K) is needed, with K at least one number for "
+            "each row."
+        )
+    return y.astype(np.float64)
 
 
 def _flattened(X: Any) -> tuple[Any, ImageShape | None]:
@@ -111,7 +139,7 @@ def distinct_rows(
     ----------
     X : ndarray of shape (n, features)
     codes : ndarray of shape (n,)
-        Of the labels; rows are equal if these are, too.
+        Of the targets; rows are equal if these are, too.
     weights : ndarray of shape (n,)
         Not negative.
 
@@ -205,7 +233,7 @@ def check_same_shape(found: ImageShape | None, fitted: ImageShape) -> ImageShape
     """
     if found is not None and found != fitted:
         raise ValueError(
-            f"X holds images of shape {found}, but the classifier was fitted on images of shape "
+            f"X holds images of shape {found}, but the model was fitted on images of shape "
             f"{fitted}. Pass images of that shape, or rows of {int(np.prod(fitted))} features."
         )
     return fitted
@@ -249,6 +277,53 @@ def encode(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
     return np.searchsorted(classes, y)
 
 
+def distinct_targets(y: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of the targets, and the different targets in rising order, (m, K).
+
+    Codes are the same in whatever unit the targets are given, and hang on no row that is not
+    present, whose own code is 0.
+    """
+    # Zeros have signs, which make no difference.
+    rows = y.reshape(len(y), -1)[present] + 0.0
+    values, places = np.unique(rows, axis=0, return_inverse=True)
+    codes = np.zeros(len(y), dtype=np.int64)
+    codes[present] = places.ravel()
+    return codes, values
+
+
+def mean_and_scale(targets: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted mean and standard deviation of each output; 1 for one that is constant.
+
+    Parameters
+    ----------
+    targets : ndarray of shape (n, K)
+    weights : ndarray of shape (n,)
+    """
+    mean = np.average(targets, axis=0, weights=weights)
+    apart = targets - mean
+    largest = np.abs(apart).max(0)  # squares of what is divided by it neither over- nor underflow
+    largest[largest == 0] = 1.0
+    scale = largest * np.sqrt(np.average(np.square(apart / largest), axis=0, weights=weights))
+    # What varies by no more than rounding is constant.
+    constant = scale <= 10 * np.finfo(np.float64).eps * np.abs(mean)
+    return mean, np.where(constant, 1.0, scale)
+
+
+def check_same_outputs(found: int, fitted: int) -> None:
+    """A chunk has to have as many numbers for each row as the first one had.
+
+    Raises
+    ------
+    ValueError
+        With both.
+    """
+    if found != fitted:
+        raise ValueError(
+            f"y has {found} numbers for each row, but the first call had {fitted}. Pass as many, "
+            "or fit anew."
+        )
+
+
 def check_incremental_class_weight(class_weight: Any) -> None:
     """No chunk knows how frequent the classes are in all of the data.
 
@@ -265,9 +340,9 @@ def check_incremental_class_weight(class_weight: Any) -> None:
 
 
 def check_weights(
-    sample_weight: Any, X: np.ndarray, y: np.ndarray, classes: np.ndarray, class_weight: Any
+    sample_weight: Any, X: np.ndarray, y: Any = None, classes: Any = None, class_weight: Any = None
 ) -> np.ndarray:
-    """Weights of the rows, class weights included, float64.
+    """Weights of the rows, those of their classes included if there are any, float64.
 
     Raises
     ------

@@ -1,6 +1,7 @@
 """Nets that are ready to train, put together as the estimator does, and data for them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -28,6 +29,14 @@ def data_of(n=12, shape=(1, 4, 4), dtype=torch.float64, n_observations=None, wei
     total = weights.sum().item() if n_observations is None else n_observations
     inputs = torch.randn(n, *shape, dtype=dtype)
     return TrainingData(inputs, torch.randint(K, (n,)), weights, total)
+
+
+def numbers_of(n=12, shape=(1, 4, 4), n_outputs=K, **options):
+    """The same with numbers for targets, that hang on the images."""
+    data = data_of(n, shape, **options)
+    flat = data.inputs.flatten(1)
+    mix = torch.linspace(-1, 1, flat.shape[1] * n_outputs, dtype=flat.dtype).view(-1, n_outputs)
+    return replace(data, targets=flat @ mix / 3 + 0.3 * torch.randn(n, n_outputs, dtype=flat.dtype))
 
 
 def plan(n_sketches, subset, network, n_rows):
@@ -64,6 +73,8 @@ def net_of(
     lr=0.01,
     optimizer="adam",
     max_epochs=6,
+    criterion=Categorical,
+    noise_alone=False,
     patience=100,
     keep_best=True,
     holding=True,
@@ -79,7 +90,7 @@ def net_of(
     if evidence is None:
         solver = solver or FixedPointSolver()
         how = partial(plan, n_sketches, subset)
-        seen = (burn_in, every, how, evidence_seed, lengthscales, ramp)
+        seen = (burn_in, every, how, evidence_seed, lengthscales, ramp, noise_alone)
         evidence = EvidenceStep(solver, steps, *seen)
     start = STARTS[start]() if isinstance(start, str) else start
     rate = LearningRate(schedule, lr, max_epochs)
@@ -96,7 +107,7 @@ def net_of(
     kind = OPTIMIZERS[optimizer]
     net = SoftEquivariantNet(
         module,
-        criterion=Categorical,
+        criterion=criterion,
         optimizer=kind.build,
         lr=lr,
         max_epochs=1 if endless else max_epochs,

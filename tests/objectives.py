@@ -1,5 +1,7 @@
 """The evidence of a network as it stands; linear models at the exact mode of their posterior."""
 
+import math
+
 import torch
 from cases import chain
 from references import linear_regression_log_evidence, linear_regression_map
@@ -16,6 +18,8 @@ def laplace(network, likelihood, batch, prior, **options):
     found = kronecker_factors(network, likelihood, [batch], **options)
     norms = squared_norms(dict(network.named_parameters()))
     eigenvalues = spectra(found.factors)
+    _, targets, weights = batch
+    n, n_outputs = weights.sum().item(), targets[:1].numel()
     return LaplaceEvidence(
         found.log_likelihood,
         eigenvalues,
@@ -23,6 +27,7 @@ def laplace(network, likelihood, batch, prior, **options):
         prior.index,
         slopes=found.slopes,
         factors=found.factors,
+        noise=likelihood.noise(found.log_likelihood, n, n_outputs),
     )
 
 
@@ -73,10 +78,16 @@ class LinearModel:
         )
         self.set_weights(solution)
 
-    def objective(self, noise_variance, **options):
+    def objective(self, noise_variance, learned=False, **options):
         weights = torch.ones(len(self.inputs), dtype=torch.float64)
         batch = (self.inputs, self.targets, weights)
-        return laplace(self.network, Gaussian(noise_variance), batch, self.prior, **options)
+        likelihood = Gaussian(noise_variance, learned)
+        return laplace(self.network, likelihood, batch, self.prior, **options)
+
+    def hyperparameters(self, noise_variance):
+        """log δ, and log 1/σ² as the last one."""
+        noise = self.prior.log_precision.new_tensor([-math.log(noise_variance)])
+        return torch.cat([self.prior.log_precision, noise])
 
     def closed_form(self, noise_variance):
         return linear_regression_log_evidence(

@@ -17,6 +17,7 @@ PACKAGE = "sklearn_softeq"
 ORDER = (
     "_version",
     # ground
+    "docstrings",
     "devices",
     "processes",
     "memory",
@@ -64,6 +65,7 @@ ORDER = (
     "persistence",
     "base",
     "estimators",
+    "regression",
     "model_selection",
     "display",
 )
@@ -78,6 +80,7 @@ HOMES = {
         "simplification",
         "base",
         "estimators",
+        "regression",
         "model_selection",
         "display",
     },

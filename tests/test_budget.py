@@ -43,7 +43,12 @@ class Question:
 
     def plan(self, network=None):
         network = network or network_of(n_outputs=self.n_outputs)
-        return plan_curvature(network, **vars(self))
+        asked = vars(self)
+        return plan_curvature(
+            network,
+            n_columns=self.n_outputs - 1,
+            **{name: value for name, value in asked.items() if name != "n_outputs"},
+        )
 
 
 # Near to those that were measured, which may be measured again.

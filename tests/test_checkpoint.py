@@ -24,7 +24,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from skorch.callbacks import Callback
 
-from sklearn_softeq import SoftEquivariantClassifier, assembly, checkpoint
+from sklearn_softeq import (
+    SoftEquivariantClassifier,
+    SoftEquivariantRegressor,
+    assembly,
+    checkpoint,
+)
 from sklearn_softeq.checkpoint import FILES, Checkpoint, columns, rows
 from sklearn_softeq.records import read
 from sklearn_softeq.training import SoftEquivariantNet
@@ -104,7 +109,7 @@ def assert_same(found, expected, X):
     assert states[0].keys() == states[1].keys()
     for path, leaf in states[1].items():
         np.testing.assert_equal(states[0][path], leaf, err_msg=path)
-    np.testing.assert_array_equal(found.predict_proba(X), expected.predict_proba(X))
+    np.testing.assert_array_equal(found._compared(X), expected._compared(X))
 
 
 @contextmanager
@@ -170,6 +175,23 @@ def test_a_fit_that_was_broken_off_ends_as_if_it_had_not_been(kind, data, tmp_pa
     clf.fit(*data)
     assert_same(clf, expected, data[0])
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == sorted(FILES)
+
+
+#: With rates that do not fall and the best state, to which training returns, in memory.
+REGRESSOR = {**SHORT, "lr_schedule": "constant", "keep_best": True, "hyper_warmup": 0}
+
+
+def test_a_regressor_that_was_broken_off_ends_as_if_it_had_not_been(data, tmp_path):
+    expected = SoftEquivariantRegressor(**REGRESSOR).fit(*data)
+    reg = SoftEquivariantRegressor(**REGRESSOR, checkpoint_dir=tmp_path)
+    for after in (0, 7, 15):
+        broken_off(reg, data, after)
+    assert_same(reg.fit(*data), expected, data[0])
+    assert_same(reg.fit(*data), expected, data[0])  # at once
+    with pytest.raises(ValueError, match="noise was 'learned' and is 0.5"):
+        reg.set_params(noise=0.5).fit(*data)
+    with pytest.raises(ValueError, match="y has changed"):
+        reg.set_params(noise="learned").fit(data[0], 2.0 * data[1])
 
 
 def test_a_fit_with_checkpoints_is_one_without(data, tmp_path):
@@ -317,11 +339,15 @@ def state_in_full(net):
 
 
 @pytest.mark.parametrize(
-    ("kind", "after"), [*((kind, 6) for kind in KINDS), ("default", 1), ("default", 13)]
+    ("kind", "after"),
+    [*((kind, 6) for kind in KINDS), ("default", 1), ("default", 13), ("regressor", 9)],
 )
 def test_nothing_of_the_state_is_lost(kind, after, data, tmp_path, monkeypatch):
     # A new attribute that changes during training fails here until snapshot and restore know it.
-    clf = SoftEquivariantClassifier(**{**SHORT, **KINDS[kind]}, checkpoint_dir=tmp_path)
+    if kind == "regressor":
+        clf = SoftEquivariantRegressor(**REGRESSOR, checkpoint_dir=tmp_path)
+    else:
+        clf = SoftEquivariantClassifier(**{**SHORT, **KINDS[kind]}, checkpoint_dir=tmp_path)
     found = []
     end, begin = Checkpoint.on_epoch_end, Checkpoint.on_train_begin
 

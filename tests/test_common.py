@@ -1,16 +1,17 @@
-"""scikit-learn's own checks, all of them, on the default classifier and on sets of pathways."""
+"""scikit-learn's own checks, all of them, on the default estimators and on sets of pathways."""
 
 import pytest
 from sklearn.utils.estimator_checks import check_estimator
 
-from sklearn_softeq import SoftEquivariantClassifier
+from sklearn_softeq import SoftEquivariantClassifier, SoftEquivariantRegressor
 
-N_CHECKS = 63  # a classifier with predict_proba, sample_weight and class_weight
+# A classifier with predict_proba, sample_weight and class_weight; a regressor of several numbers.
+N_CHECKS = {SoftEquivariantClassifier: 63, SoftEquivariantRegressor: 60}
 
 
 def statuses(estimator):
     results = check_estimator(estimator, on_fail=None, on_skip=None)
-    assert len(results) >= N_CHECKS
+    assert len(results) >= N_CHECKS[type(estimator)]
     return {
         f"{result['check_name']}: {result['status']}: {result['exception']}"
         for result in results
@@ -85,3 +86,26 @@ def test_check_estimator_options(options):
 def test_check_estimator_symmetric_in_two_features(options):
     failed = names(statuses(SoftEquivariantClassifier(**{**options, **SHORT})))
     assert failed <= {"check_classifiers_train"}
+
+
+# ── the regressor
+
+
+def test_check_regressor():
+    # About the quickest there is: the checks are of forms and repetitions, and of an R² of .5.
+    quick = {"pathways": "factored_fc", "width": 2, "max_epochs": 12, "evidence_every": 6}
+    assert statuses(SoftEquivariantRegressor(**quick, batch_size=64)) == set()
+
+
+REGRESSORS = [
+    {},
+    {**SHORT, "width": 4, "predictive": "laplace"},
+    {**SHORT, "pathways": ("p4_conv", "conv", "factored_fc"), "width": 2},
+    {**SHORT, "start": "joint", "learn_prior": False, "optimizer": "adam", "noise": 0.5},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", REGRESSORS, ids=str)
+def test_check_regressor_options(options):
+    assert statuses(SoftEquivariantRegressor(**options)) == set()

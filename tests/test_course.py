@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from nets import (
     in_training,
     log_omegas,
     net_of,
+    numbers_of,
     weights_of,
 )
 from skorch.callbacks import Callback
@@ -28,8 +30,9 @@ from sklearn_softeq.batches import TrainingData
 from sklearn_softeq.course import EvidenceStep, Preconditioner, ProgressLine
 from sklearn_softeq.curvature import kronecker_factors
 from sklearn_softeq.kfac import KFAC
-from sklearn_softeq.likelihoods import Categorical
+from sklearn_softeq.likelihoods import Categorical, Gaussian
 from sklearn_softeq.marginal_likelihood import (
+    HYPER_SOLVERS,
     AdamSolver,
     FixedPointSolver,
     LaplaceEvidence,
@@ -244,7 +247,7 @@ def test_the_best_state_is_that_of_the_mean_weights():
 
     net = net_of(burn_in=4, every=2, max_epochs=6, steps=1, callbacks=[("look", Look())])
     net.partial_fit(data_of())
-    weights, prior = seen["state"]
+    weights, prior, _ = seen["state"]
     assert_weights(net, {name: weights[name] for name in weights_of(net)})
     assert torch.equal(net.prior_.log_precision, prior["log_precision"])
     # One hyper step later its evidence is what it was, or more.
@@ -1095,6 +1098,114 @@ def test_what_a_network_explains():
         net.module_.head.output.bias[: K - 1] = torch.tensor(shares).log()
         net.module_.head.output.bias[K - 1] = -1e4
     assert net.explained() == pytest.approx(0.0, abs=1e-10)
+
+
+# ── a noise that is learned
+
+LEARNED = partial(Gaussian, 1.0, True)
+
+
+class NoteNoise(Callback):
+    """The noise after each epoch, and what the optimizer has of curvature."""
+
+    def __init__(self):
+        self.noises, self.precisions = [], []
+
+    def on_epoch_end(self, net, **kwargs):
+        self.noises.append(net.criterion_.noise_variance)
+        self.precisions.append(net.prior_.log_precision.clone())
+
+
+def noisy(**options):
+    note = NoteNoise()
+    net = net_of(criterion=LEARNED, callbacks=[("note", note)], **options)
+    return net, note
+
+
+@pytest.mark.parametrize("solver", HYPER_SOLVERS)
+def test_noise_ascends_with_the_precisions(solver):
+    net, note = noisy(burn_in=2, every=2, max_epochs=6, solver=HYPER_SOLVERS[solver]())
+    net.partial_fit(numbers_of(30))
+    noises = np.array(note.noises)
+    assert (np.flatnonzero(np.diff(noises, prepend=1.0)) + 1).tolist() == [2, 4, 6]
+    # The last evidence is of the noise that is left, and its figures are those of the net.
+    at = net.log_hyperparameters()
+    assert at[-1].item() == -math.log(net.criterion_.noise_variance)
+    found = net.laplace_.evidence(at)
+    assert found.log_likelihood == pytest.approx(net.log_likelihood(numbers_at(net)), rel=1e-9)
+
+
+def numbers_at(net):
+    """The data of the test above, once more."""
+    torch.manual_seed(0)
+    return numbers_of(30)
+
+
+def test_steps_of_the_noise_raise_the_evidence():
+    net, _ = noisy(burn_in=1, every=1, max_epochs=1, steps=5)
+    looks = []
+    ascend = net.course.evidence.ascend
+
+    def watched(net, objective):
+        before = objective.evidence(net.log_hyperparameters()).value
+        after = ascend(net, objective)
+        looks.append(after.value - before)
+        assert objective.evidence(net.log_hyperparameters()) == after
+        return after
+
+    net.course.evidence.ascend = watched
+    net.partial_fit(numbers_of(30))
+    assert min(looks) > 0
+
+
+def test_the_noise_alone():
+    net, note = noisy(noise_alone=True, start="symmetric", max_epochs=8, pathways=ALL)
+    assert not net.course.evidence.learns_prior
+    net.partial_fit(numbers_of(30))
+    assert len(set(note.noises)) == 5  # that of the start, and of four evidences
+    assert all(torch.equal(found, note.precisions[0]) for found in note.precisions)
+    assert not net.removed_tensors()
+    assert all(on for block in net.module_.blocks for on in block.enabled.values())
+
+
+def test_a_noise_that_is_given_stays():
+    note = NoteNoise()
+    net = net_of(criterion=partial(Gaussian, 0.3), callbacks=[("note", note)])
+    net.partial_fit(numbers_of(30))
+    assert set(note.noises) == {0.3}
+    assert net.laplace_.noise is None
+    assert len(net.log_hyperparameters()) == len(net.prior_.log_precision)
+
+
+def test_the_best_state_has_its_noise():
+    class Spoil(Callback):
+        def on_epoch_begin(self, net, **kwargs):
+            if len(net.history) > 4:
+                with torch.no_grad():
+                    net.module_.head.output.weight.mul_(-30)
+
+    net, note = noisy(burn_in=4, every=2, max_epochs=6, steps=1)
+    net.callbacks_.append(("spoil", Spoil()))
+    net.partial_fit(numbers_of(30))
+    assert net.criterion_.noise_variance == pytest.approx(note.noises[3])
+    assert note.noises[5] > 2 * note.noises[3]
+
+
+def test_a_new_beginning_has_the_noise_of_the_start(monkeypatch):
+    monkeypatch.setattr("sklearn_softeq.course.LEARNT", 2.0)
+    net, note = noisy(start="symmetric", burn_in=2, every=2, max_epochs=3, pathways=ALL)
+    net.partial_fit(numbers_of(30))
+    assert isinstance(net.course.start, JointStart)
+    assert note.noises[1] == 1.0
+
+
+def test_explained_is_the_share_of_the_variance():
+    data = numbers_of(30)
+    net = in_training(net_of(criterion=partial(Gaussian, 0.2)), data)
+    left = (data.weights @ (net.module_(data.inputs) - data.targets).square().sum(1)).item()
+    apart = data.targets - data.weights @ data.targets / data.weights.sum()
+    whole = (data.weights @ apart.square().sum(1)).item()
+    assert net.explained() == pytest.approx(1 - left / whole)
 
 
 def test_a_single_class_leaves_nothing_to_explain():

@@ -12,10 +12,13 @@ import pytest
 
 from sklearn_softeq import (
     SoftEquivariantClassifier,
+    SoftEquivariantRegressor,
+    base,
     datasets,
     display,
     estimators,
     model_selection,
+    regression,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -23,12 +26,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MATHS = (ROOT / "docs" / "maths.md").read_text(encoding="utf-8")
 PUBLIC = {
     f"{module.__name__.partition('.')[2]}.{name}": getattr(module, name)
-    for module in (estimators, model_selection, display, datasets)
+    for module in (estimators, regression, model_selection, display, datasets)
     for name in module.__all__
 }
 
 # scikit-learn makes these for metadata routing, and documents them itself.
-REQUESTS = {"set_fit_request", "set_partial_fit_request", "set_score_request"}
+REQUESTS = {f"set_{method}_request" for method in ("fit", "partial_fit", "predict", "score")}
 
 
 def methods(cls):
@@ -40,12 +43,14 @@ def methods(cls):
     }
 
 
+OWNERS = {**PUBLIC, "base.SoftEquivariantBase": base.SoftEquivariantBase}
 DOCUMENTED = PUBLIC | {
     f"{owner}.{name}": method
-    for owner, cls in PUBLIC.items()
+    for owner, cls in OWNERS.items()
     if inspect.isclass(cls)
     for name, method in methods(cls).items()
 }
+ESTIMATORS = [SoftEquivariantClassifier, SoftEquivariantRegressor]
 
 
 def sections(text):
@@ -109,23 +114,25 @@ def test_results_are_documented(name):
     assert "Returns" in sections(DOCUMENTED[name].__doc__)
 
 
-def test_defaults_are_documented():
-    lines = sections(SoftEquivariantClassifier.__doc__)["Parameters"]
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_defaults_are_documented(estimator):
+    lines = sections(estimator.__doc__)["Parameters"]
     written = dict(re.findall(r"^(\w+) : .*default=(.*)$", lines, re.MULTILINE))
-    parameters = inspect.signature(SoftEquivariantClassifier).parameters.values()
+    parameters = inspect.signature(estimator).parameters.values()
     assert {p.name: str(p.default).replace("'", '"') for p in parameters} == {
         name: value.replace("'", '"').removeprefix('"').removesuffix('"')
         for name, value in written.items()
     }
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_fitted_attributes_are_documented():
+def test_fitted_attributes_are_documented(estimator):
     rng = np.random.RandomState(0)
     X = pd.DataFrame(rng.normal(size=(40, 16)), columns=[f"pixel {i}" for i in range(16)])
-    clf = SoftEquivariantClassifier(max_epochs=30, random_state=0, predictive="laplace")
+    clf = estimator(max_epochs=10, width=2, random_state=0, predictive="laplace")
     clf.fit(X, np.arange(40) % 2)
-    documented = names(sections(SoftEquivariantClassifier.__doc__)["Attributes"])
+    documented = names(sections(estimator.__doc__)["Attributes"])
     fitted = {name for name in vars(clf) if name.endswith("_") and not name.startswith("_")}
     assert sorted(documented) == sorted(fitted | {"module_"})  # a property
 

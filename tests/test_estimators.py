@@ -504,7 +504,7 @@ def test_lengthscales_are_learned_if_asked_for(digits):
 def test_lengthscales_of_what_is_on_only(digits, monkeypatch):
     # Or labels of chance start jointly.
     monkeypatch.setattr(course, "LEARNT", -np.inf)
-    monkeypatch.setattr(trials, "_leads", lambda *scores: False)
+    monkeypatch.setattr(trials.Yardstick, "leads", lambda *scores: False)
     clf = SoftEquivariantClassifier(
         **{**SPARSE, "max_epochs": 100, "evidence_every": 1}, learn_lengthscale=True
     ).fit(digits[0], np.arange(150) % 3)  # labels of chance

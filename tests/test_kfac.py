@@ -138,6 +138,18 @@ def test_a_zero_gradient_moves_nothing():
     assert torch.equal(tensor.detach(), before)
 
 
+def test_a_curvature_that_has_risen():
+    tensor, found = weight(), curvature()
+    risen = Kronecker(found.left, 9 * found.right)
+    optimizers = ready((tensor, found)), ready((tensor, risen))
+    optimizers[0].sharpen(9.0)
+    for optimizer in optimizers:
+        optimizer.observe(tensor, risen, N)  # the mean with what comes next
+        optimizer.precondition({tensor: 0.3})
+    steps = [optimizer._direction(tensor) for optimizer in optimizers]
+    torch.testing.assert_close(*steps)
+
+
 def test_factors_are_averaged():
     tensor = weight()
     found = [curvature() for _ in range(3)]

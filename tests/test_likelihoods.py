@@ -1,5 +1,6 @@
 """Densities against torch's; roots and sketches against the Hessian of autograd."""
 
+import dataclasses
 import math
 from itertools import product
 
@@ -295,6 +296,119 @@ def test_logits_are_not_scaled_up_or_away():
     reached = CATEGORICAL.log_prob(logits, targets).sum().item()
     for value in (reached, reached + 1.0, -6 * math.log(5), -1e9):
         assert CATEGORICAL.scale_of_outputs(logits, targets, weights, value) == 1.0
+
+
+# ── noise
+
+NOISY = [Gaussian(0.2, True, 0.7), Gaussian(3.0), Gaussian(1e-3, True)]
+each_noise = pytest.mark.parametrize("likelihood", NOISY, ids=str)
+
+
+def weighted_numbers(n=7, k=3):
+    outputs = random_logits(n, k)
+    return outputs, outputs + 0.3 * torch.randn_like(outputs), torch.rand(n).double() + 0.5
+
+
+def of_all(likelihood, outputs, targets, weights):
+    """Log likelihood, number of observations, K: as likelihoods are told of them."""
+    log_prob = likelihood.log_prob(outputs, targets)
+    return (weights @ log_prob).item(), weights.sum().item(), outputs.shape[1]
+
+
+def test_densities_are_in_the_units_that_they_are_said_to_be():
+    # t = 5 y + 1: the density of t is that of y over 5, for each output.
+    outputs, targets, _ = weighted_numbers()
+    found = Gaussian(0.2, log_units=-3 * math.log(5.0)).log_prob(outputs, targets)
+    normal = torch.distributions.Normal(5 * outputs + 1, 5 * math.sqrt(0.2))
+    torch.testing.assert_close(found, normal.log_prob(5 * targets + 1).sum(1))
+
+
+@each_noise
+def test_squares_are_told_from_the_log_likelihood(likelihood):
+    outputs, targets, weights = weighted_numbers()
+    noise = likelihood.noise(*of_all(likelihood, outputs, targets, weights))
+    if not likelihood.learned:
+        assert noise is None
+        assert likelihood.log_hyperparameters() == []
+        assert likelihood.with_log_hyperparameters([]) == likelihood
+        return
+    squares = (weights @ (outputs - targets).square().sum(1)).item()
+    assert noise.squares == pytest.approx(squares, rel=1e-9)
+    assert noise.n_numbers == pytest.approx(3 * weights.sum().item())
+    assert noise.log_precision == -math.log(likelihood.noise_variance)
+    assert likelihood.log_hyperparameters() == [noise.log_precision]
+    other = likelihood.with_log_hyperparameters([math.log(4.0)])
+    assert other.noise_variance == pytest.approx(0.25)
+    assert (other.learned, other.log_units) == (True, likelihood.log_units)
+
+
+@each_noise
+def test_the_best_noise_is_the_best(likelihood):
+    outputs, targets, weights = weighted_numbers()
+    told = of_all(likelihood, outputs, targets, weights)
+    best = likelihood.at_best_noise(*told)
+    value = of_all(best, outputs, targets, weights)[0]
+    assert likelihood.score(*told) == pytest.approx(value / told[1], rel=1e-9)
+    for factor in (0.9, 1.1):
+        near = dataclasses.replace(best, noise_variance=factor * best.noise_variance)
+        assert of_all(near, outputs, targets, weights)[0] < value
+
+
+@each_noise
+def test_the_best_constant_is_the_mean(likelihood):
+    _, targets, weights = weighted_numbers()
+    found = likelihood.constant_log_likelihood(targets, weights)
+    mean = (weights @ targets / weights.sum()).expand_as(targets)
+    assert found == pytest.approx(of_all(likelihood, mean, targets, weights)[0])
+    for shift in (-0.1, 0.1):
+        assert of_all(likelihood, mean + shift, targets, weights)[0] < found
+
+
+@each_noise
+def test_what_is_explained_is_the_share_of_the_variance(likelihood):
+    outputs, targets, weights = weighted_numbers()
+    log_likelihood, *size = of_all(likelihood, outputs, targets, weights)
+    constant = likelihood.constant_log_likelihood(targets, weights)
+    found = likelihood.explained(log_likelihood, constant, *size)
+    apart = targets - weights @ targets / weights.sum()
+    left, whole = (weights @ d.square().sum(1) for d in (outputs - targets, apart))
+    assert found == pytest.approx(1 - (left / whole).item(), rel=1e-9)
+    # And it says where the score is, from that of the constant.
+    scores = [likelihood.score(value, *size) for value in (log_likelihood, constant)]
+    assert likelihood.score_of(found, scores[1], 3) == pytest.approx(scores[0])
+    nothing = torch.zeros_like(targets)
+    told = of_all(likelihood, nothing, nothing, weights)
+    assert likelihood.explained(told[0], told[0], *told[1:]) == 1.0
+    assert math.isfinite(likelihood.score(*told))
+
+
+def test_scores_of_labels_are_what_they_are():
+    outputs, targets = random_logits(), torch.arange(6) % 5
+    weights = torch.rand(6, dtype=torch.float64)
+    told = of_all(CATEGORICAL, outputs, targets, weights)
+    assert CATEGORICAL.score(*told) == told[0] / told[1]
+    assert CATEGORICAL.at_best_noise(*told) is CATEGORICAL
+    assert CATEGORICAL.noise(*told) is None
+    assert CATEGORICAL.log_hyperparameters() == []
+    assert CATEGORICAL.with_log_hyperparameters([]) is CATEGORICAL
+    assert CATEGORICAL.stake(-2.3, 10) == 2.3
+    assert CATEGORICAL.score_of(0.5, -2.0, 10) == -1.0
+
+
+@each_model
+def test_number_of_columns_is_that_of_the_root(likelihood):
+    outputs = random_logits(k=4)
+    assert likelihood.hessian_root(outputs).shape[2] == likelihood.n_columns(4)
+
+
+@pytest.mark.parametrize("variance", [0.04, 9.0])
+def test_the_pace_makes_steps_those_of_least_squares(variance):
+    outputs, targets, _ = weighted_numbers()
+    outputs.requires_grad_()
+    likelihood = Gaussian(variance)
+    (found,) = torch.autograd.grad(likelihood.log_prob(outputs, targets).sum(), outputs)
+    torch.testing.assert_close(likelihood.pace * found, (targets - outputs).detach())
+    assert CATEGORICAL.pace == 1.0
 
 
 def test_a_mean_has_no_scale_to_bring_down():

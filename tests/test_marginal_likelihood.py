@@ -117,6 +117,121 @@ def test_with_the_linear_term_the_evidence_is_right_away_from_the_mode(
     assert without + term == pytest.approx(model.closed_form(noise_variance), rel=1e-9)
 
 
+# ── the noise
+
+NOISES = [0.05, 0.4, 6.0]
+
+
+@LINEAR_LAYERS
+@pytest.mark.parametrize("noise_variance", NOISES)
+def test_evidence_at_another_noise_is_bayesian_linear_regression(layer, shape, noise_variance):
+    # All is measured at one noise and asked at another; the weights are at the mode of that one.
+    model = linear_model(layer, shape)
+    model.to_mode(noise_variance)
+    found = model.objective(0.7, learned=True).evidence(model.hyperparameters(noise_variance))
+    assert found.value == pytest.approx(model.closed_form(noise_variance), rel=0, abs=1e-6)
+
+
+@LINEAR_LAYERS
+def test_with_the_linear_term_so_away_from_the_mode(layer, shape):
+    model = linear_model(layer, shape)
+    model.set_weights(torch.randn(model.design.shape[1], dtype=torch.float64))
+    here, there = model.objective(0.7, learned=True), model.hyperparameters(0.2)
+    log_joint = Gaussian(0.2).log_prob(model.network(model.inputs), model.targets).sum()
+    precisions = model.prior.precisions()
+    for name, weight in model.tensors.items():
+        log_joint = log_joint - 0.5 * precisions[name] * weight.square().sum()
+    found = torch.autograd.grad(log_joint, list(model.tensors.values()))
+    term = here.linear_term(dict(zip(model.tensors, found, strict=True)), there)
+    assert here.evidence(there).value + term == pytest.approx(model.closed_form(0.2), rel=1e-9)
+
+
+@pytest.mark.parametrize("case", [BY_NAME["all-gaussian"]], ids=str)
+def test_all_figures_at_another_noise_are_those_that_are_found_there(case):
+    network = case.network()
+    prior = LayerwisePrior(dict(network.named_parameters()))
+    inputs = case.inputs(9)
+    targets, weights = case.targets(network(inputs).detach()), torch.rand(9).double() + 0.5
+    at = torch.randn(len(prior.index) + 1, dtype=torch.float64)
+    at[-1] = -math.log(0.2)
+    names = [name.removesuffix(".weight") for name in prior.index if name.endswith("weight")]
+    gradients = {name: torch.randn_like(w) for name, w in network.named_parameters()}
+    batch, figures = (inputs, targets, weights), []
+    for noise_variance in (0.2, 3.0):
+        objective = laplace(network, Gaussian(noise_variance, True), batch, prior)
+        # Slopes of a log likelihood are in proportion to the precision of the noise.
+        slopes = dict.fromkeys(names[:2], 1.7 / noise_variance)
+        objective = replace(objective, slopes=slopes, log_det_weight=0.6)
+        moments = objective.balance(at)
+        figures.append(
+            [
+                *objective.evidence(at),
+                *objective.effective_dimensions(at).values(),
+                *moments[0].tolist(),
+                *moments[1].tolist(),
+                *objective.gradient(at).tolist(),
+                *objective.lengthscale_gradient(at).values(),
+                objective.linear_term(gradients, at),
+            ]
+        )
+    assert figures[1] == pytest.approx(figures[0], rel=1e-9)
+
+
+@LINEAR_LAYERS
+def test_gradient_in_the_noise_against_central_differences(layer, shape):
+    model = linear_model(layer, shape)
+    model.to_mode(0.3)
+    objective, at, h = model.objective(0.7, learned=True), model.hyperparameters(0.3), 1e-4
+    slope = objective.gradient(at)
+    for i in range(len(at)):
+        step = torch.zeros_like(at)
+        step[i] = h
+        up, down = (objective.evidence(at + s).value for s in (step, -step))
+        assert (up - down) / (2 * h) == pytest.approx(slope[i].item(), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.5, 1.0])
+def test_the_noise_comes_to_where_the_exact_evidence_is_highest(rate):
+    model, noise_variance = linear_model(lambda: FC(1, 2, (2, 2)), (1, 2, 2)), 5.0
+    reached, solver = [model.closed_form(noise_variance)], FixedPointSolver(rate)
+    for _ in range(60):
+        model.to_mode(noise_variance)
+        moved = solver.step(
+            model.objective(noise_variance, learned=True), model.hyperparameters(noise_variance)
+        )
+        noise_variance = math.exp(-moved[-1].item())  # the precisions stay
+        reached.append(model.closed_form(noise_variance))
+    assert all(b >= a - 1e-9 for a, b in pairwise(reached))  # it never overshoots
+    up, down = (model.closed_form(noise_variance * math.exp(h)) for h in (1e-3, -1e-3))
+    assert up < reached[-1] > down
+    assert (up - down) / 2e-3 == pytest.approx(0.0, abs=1e-4)
+
+
+def test_more_dimensions_than_numbers_ask_for_more_noise_and_no_more_than_that():
+    # Block by block γ may exceed N K; MacKay's formula would divide by a negative number.
+    case = BY_NAME["all-gaussian"]
+    network = case.network()
+    prior = LayerwisePrior(dict(network.named_parameters()), 1e-4)
+    inputs = case.inputs(3)
+    batch = (inputs, network(inputs).detach(), torch.ones(3, dtype=torch.float64))
+    objective = laplace(network, Gaussian(1e-3, True), batch, prior)
+    at = torch.cat([prior.log_precision, torch.tensor([math.log(1e3)], dtype=torch.float64)])
+    assert sum(objective.effective_dimensions(at).values()) > objective.noise.n_numbers
+    moved = FixedPointSolver(1.0).step(objective, at)
+    assert at[-1] - 2.0 <= moved[-1] < at[-1]
+    assert objective.gradient(at)[-1] < 0
+
+
+def test_neither_charges_nor_the_growing_weight_touch_the_noise():
+    model = linear_model(lambda: FC(2, 3, (2, 3)), (2, 2, 3))
+    model.to_mode(0.7)
+    objective, at = model.objective(0.7, learned=True), model.hyperparameters(0.7)
+    other = replace(objective, charges={"layer0.weight": 4.0}, log_det_weight=0.2)
+    for ours, theirs in zip(objective.balance(at), other.balance(at), strict=True):
+        assert ours[-1] == theirs[-1]
+    assert objective.balance(at)[0][0] != other.balance(at)[0][0]
+
+
 # ── the gradient
 
 

@@ -14,7 +14,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.ensemble import BaggingClassifier
 
-from sklearn_softeq import SoftEquivariantClassifier, persistence
+from sklearn_softeq import SoftEquivariantClassifier, SoftEquivariantRegressor, persistence
 
 SHORT = {"max_epochs": 8, "width": 2, "burn_in": 2, "evidence_every": 2, "random_state": 0}
 KINDS = {
@@ -54,7 +54,7 @@ def by_deepcopy(clf, folder):
 
 def by_skops(clf, folder):
     data = skops_io.dumps(clf)
-    trusted = ["sklearn_softeq.estimators.SoftEquivariantClassifier"]
+    trusted = [f"{type(clf).__module__}.{type(clf).__name__}"]
     assert skops_io.get_untrusted_types(data=data) == trusted
     return skops_io.loads(data, trusted=trusted)
 
@@ -84,6 +84,34 @@ def test_round_trip(kind, digits, tmp_path):
     further = [c.set_params(warm_start=True).fit(*digits) for c in (again, clf)]
     np.testing.assert_array_equal(*(c.predict_proba(digits[0]) for c in further))
     assert_same(vars(again), vars(clf))
+
+
+@pytest.mark.parametrize("options", [{"predictive": "laplace"}, {"noise": 2.0}], ids=str)
+def test_round_trip_of_a_regressor(options, digits, tmp_path):
+    X, y = digits[0], np.stack([digits[1], digits[0].mean(1)], 1)
+    reg = SoftEquivariantRegressor(**SHORT, **options).fit(X, y)
+    for route in ROUTES:
+        again = route(reg, tmp_path)
+        found, expected = (r.predict(X, return_std=True) for r in (again, reg))
+        np.testing.assert_array_equal(found, expected)
+        assert_same(vars(again), vars(reg))
+        np.testing.assert_equal(again.__getstate__(), reg.__getstate__())
+        assert again.net_.criterion_ == reg.net_.criterion_
+    further = [r.set_params(warm_start=True).fit(X, y) for r in (again, reg)]
+    np.testing.assert_array_equal(*(r.predict(X) for r in further))
+    assert_same(vars(again), vars(reg))
+
+
+def test_chunks_of_a_regressor_go_on_after_a_round_trip(digits, tmp_path):
+    reg = SoftEquivariantRegressor(**{**SHORT, "batch_size": 64, "optimizer": "sgd"})
+    for _ in range(6):
+        reg.partial_fit(*digits)
+    again = by_pickle(reg, tmp_path)
+    assert again.net_.criterion_ == reg.net_.criterion_
+    for _ in range(4):
+        again.partial_fit(*digits)
+    assert again.noise_std_ != reg.noise_std_
+    assert again.n_iter_ == 10
 
 
 @pytest.mark.parametrize("route", [by_joblib, by_skops])

@@ -183,6 +183,27 @@ def test_processes_that_cannot_share_a_fit(tmp_path, settings, said):
     assert said in done.stderr
 
 
+REGRESSION = (
+    FIT.replace("SoftEquivariantClassifier", "SoftEquivariantRegressor")
+    .replace("np.arange(n_rows) % 3", "rng.normal(size=(n_rows, 2))")
+    .replace("    weights = rng", "    y += X[:, 0, 0, :2]\n    weights = rng")
+    .replace("predict_proba(X)", "predict(X, return_std=True)")
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{}, {"curvature": "rademacher", "curvature_subset": 17}], ids=["exact", "subset"]
+)
+def test_two_processes_find_the_noise_that_one_does(tmp_path, settings):
+    settings = {"random_state": 0, "predictive": "laplace", **settings}
+    _, [alone] = launch(tmp_path, 1, script=REGRESSION, **settings)
+    done, found = launch(tmp_path, 2, script=REGRESSION, **settings)
+    assert done.returncode == 0, done.stderr
+    same(found[1], found[0], rtol=0)
+    same(found[0], alone, rtol=1e-8, atol=1e-8)
+
+
 KILLED = FIT.replace(
     "    clf = SoftEquivariantClassifier(",
     """

@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import math
 import pickle
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -19,6 +21,7 @@ from nets import (
     log_omegas,
     negative_log_joint,
     net_of,
+    numbers_of,
     weights_of,
 )
 from skorch.callbacks import Callback
@@ -27,6 +30,7 @@ from torch import nn
 from sklearn_softeq import course, training
 from sklearn_softeq.batches import TrainingData
 from sklearn_softeq.layers import FC
+from sklearn_softeq.likelihoods import Gaussian
 from sklearn_softeq.marginal_likelihood import (
     AdamSolver,
     LengthscaleSolver,
@@ -275,6 +279,70 @@ def test_only_steps_of_a_given_length_have_paces(optimizer):
     net = in_training(net_of(optimizer=optimizer), data_of(9))
     net.set_paces({"blocks.0.conv.weight": 0.5})
     assert len(net.optimizer_.param_groups) == 1
+
+
+# ── another noise
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_what_is_remembered_of_gradients_follows_the_noise(optimizer):
+    # As if they had been taken at that noise; the prior, whose part has no noise, is weak here.
+    states = []
+    for first in (1.0, 0.04):
+        torch.manual_seed(0)
+        data, likelihood = numbers_of(9), partial(Gaussian, first, True)
+        net = in_training(net_of(criterion=likelihood, optimizer=optimizer, precision=1e-9), data)
+        net.update_decay()
+        net.train_step((data.inputs, (data.targets, data.weights, None, len(data))))
+        net.set_log_hyperparameters(net.log_hyperparameters() * 0 - math.log(0.04))
+        assert net.criterion_.noise_variance == pytest.approx(0.04)
+        states.append([net.optimizer_.state[w] for w in net.module_.parameters()])
+    for found, expected in zip(*states, strict=True):
+        for name in {"exp_avg", "exp_avg_sq", "momentum_buffer"} & found.keys():
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_sgd_has_the_steps_of_least_squares():
+    moved = []
+    for noise_variance in (1.0, 0.01):
+        torch.manual_seed(0)
+        data = numbers_of(9)
+        criterion = partial(Gaussian, noise_variance)
+        net = net_of(criterion=criterion, optimizer="sgd", schedule="cooldown", precision=1e-9)
+        before = weights_of(in_training(net, data))
+        net.set_paces({})
+        net.update_decay()
+        net.course.rate.hand_to(net.optimizer_, 9)
+        net.train_step((data.inputs, (data.targets, data.weights, None, len(data))))
+        moved.append({name: w - before[name] for name, w in weights_of(net).items()})
+    for name, step in moved[0].items():
+        torch.testing.assert_close(moved[1][name], step, rtol=1e-3, atol=1e-6)
+
+
+def test_noise_of_some_data():
+    net, data = net_of(criterion=partial(Gaussian, 1.0, True)), numbers_of(20)
+    squares = (net.module_(data.inputs) - data.targets).square().sum(1)
+    net.fit_noise(data)
+    mean = (data.weights @ squares / (data.weights.sum() * 3)).item()
+    assert net.criterion_.noise_variance == pytest.approx(mean)
+    assert net.score(data) == pytest.approx(
+        net.log_likelihood(data) / data.weights.sum().item(), rel=1e-9
+    )
+    fixed = net_of(criterion=partial(Gaussian, 0.3))
+    fixed.fit_noise(data)
+    assert fixed.criterion_ == Gaussian(0.3)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_take_over_of_a_noise(learned):
+    first = net_of(criterion=partial(Gaussian, 1.0, True)).partial_fit(numbers_of())
+    second = net_of(criterion=partial(Gaussian, 0.5, learned))
+    second.take_over(first)
+    expected = first.criterion_.noise_variance if learned else 0.5
+    assert second.criterion_.noise_variance == pytest.approx(expected)
+    third = net_of(criterion=partial(Gaussian, 0.7, True))
+    third.take_over(net_of(criterion=partial(Gaussian, 0.1)))  # it says nothing of its own
+    assert third.criterion_.noise_variance == 0.7
 
 
 # ── beginning from another net
