@@ -36,7 +36,7 @@ def numbers_of(n=12, shape=(1, 4, 4), n_outputs=K, **options):
     data = data_of(n, shape, **options)
     flat = data.inputs.flatten(1)
     mix = torch.linspace(-1, 1, flat.shape[1] * n_outputs, dtype=flat.dtype).view(-1, n_outputs)
-    return replace(data, targets=flat @ mix / 3 + 0.3 * torch.randn(n, n_outputs, dtype=flat.dtype))
+    return replace(data, targets=flat @ mix / 6 + 0.3 * torch.randn(n, n_outputs, dtype=flat.dtype))
 
 
 def plan(n_sketches, subset, network, n_rows):

@@ -75,11 +75,12 @@ LINEAR_LAYERS = pytest.mark.parametrize(
 )
 
 
-def linear_model(layer, shape):
+def linear_model(layer, shape, size=1.0):
+    """A model of targets of this deviation; of less than 1 no noise meets its bound."""
     layer = layer().double()
     inputs = torch.randn(25, *shape, dtype=torch.float64)
     inputs = inputs - inputs.mean(0)  # so that no cross block of weight and bias is dropped
-    targets = torch.randn_like(layer(inputs).flatten(1))
+    targets = size * torch.randn_like(layer(inputs).flatten(1))
     model = LinearModel(layer, inputs, targets)
     model.prior.set_precision("layer0.weight", 2.5)
     model.prior.set_precision("layer0.bias", 0.4)
@@ -179,9 +180,9 @@ def test_all_figures_at_another_noise_are_those_that_are_found_there(case):
 
 @LINEAR_LAYERS
 def test_gradient_in_the_noise_against_central_differences(layer, shape):
-    model = linear_model(layer, shape)
-    model.to_mode(0.3)
-    objective, at, h = model.objective(0.7, learned=True), model.hyperparameters(0.3), 1e-4
+    model = linear_model(layer, shape, size=0.1)
+    model.to_mode(0.03)
+    objective, at, h = model.objective(0.07, learned=True), model.hyperparameters(0.03), 1e-4
     slope = objective.gradient(at)
     for i in range(len(at)):
         step = torch.zeros_like(at)
@@ -192,7 +193,8 @@ def test_gradient_in_the_noise_against_central_differences(layer, shape):
 
 @pytest.mark.parametrize("rate", [0.5, 1.0])
 def test_the_noise_comes_to_where_the_exact_evidence_is_highest(rate):
-    model, noise_variance = linear_model(lambda: FC(1, 2, (2, 2)), (1, 2, 2)), 5.0
+    model = linear_model(lambda: FC(1, 2, (2, 2)), (1, 2, 2), size=0.1)
+    noise_variance = 0.5
     reached, solver = [model.closed_form(noise_variance)], FixedPointSolver(rate)
     for _ in range(60):
         model.to_mode(noise_variance)
