@@ -317,14 +317,17 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
             unfitted.
         OSError
             If nothing can be written to ``checkpoint_dir``, before any training.
+        MemoryError, KeyboardInterrupt
+            As of :meth:`SoftEquivariantClassifier.fit`.
 
         Warns
         -----
         ConvergenceWarning
             If the evidence had not settled by ``max_epochs``.
         UserWarning
-            If a checkpoint is damaged or cannot be written, or was made with another number of
-            threads.
+            If Ctrl-C broke off the training: the estimator is fitted then, with the state of the
+            last evidence. If a checkpoint is damaged or cannot be written, or was made with another
+            number of threads.
         """
         return self._fit(X, y, sample_weight)
 
