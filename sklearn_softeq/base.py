@@ -446,7 +446,7 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
                 f"most {self.max_epochs}. The model is fitted with the state of the last evidence "
                 f"before it.{further}",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
             return
         if self.net_.course.capped and joined(self.device_).rank == 0:
