@@ -50,7 +50,6 @@ SUMS = [
         "pathways": ("conv", "sparse_conv", "fc", "factored_fc", "sparse_fc", "pm_conv"),
         "width": 2,
     },
-    {"pathways": ("p4_conv", "conv", "factored_fc"), "width": 2},
 ]
 
 
@@ -100,7 +99,7 @@ def test_check_regressor():
 REGRESSORS = [
     {},
     {**SHORT, "width": 4, "predictive": "laplace"},
-    {**SHORT, "pathways": ("p4_conv", "conv", "factored_fc"), "width": 2},
+    {**SHORT, "pathways": ("conv", "sparse_fc", "fc"), "width": 4},
     {**SHORT, "start": "joint", "learn_prior": False, "optimizer": "adam", "noise": 0.5},
 ]
 
