@@ -34,7 +34,7 @@ LEARNT = 0.2
 
 #: Mean loss of the training data, in nats, below which logits are scaled down in the end. Where it
 #: is less there is no curvature left, so that neither precisions nor evidence know what being so
-#: sure would cost. New data asked for .006 in such fits, and were content with .002 to .01
+#: sure would cost. New data asked for .006 in two such fits, and were content with .002 to .01
 #: (docs/design/sums.md).
 LEAST_LOSS = 0.005
 

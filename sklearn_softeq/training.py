@@ -394,14 +394,8 @@ class SoftEquivariantNet(NeuralNet):
         return self.log_likelihood(data), data.weights.sum().item(), data.n_targets
 
     @torch.no_grad()
-    def temper(self, log_likelihood: float) -> float:
-        """Scale the outputs down until that of the training data is no higher than this.
-
-        Returns
-        -------
-        float
-            The scale, the same in all processes.
-        """
+    def temper(self, log_likelihood: float) -> None:
+        """Scale the outputs down until that of the training data is no higher than this."""
         data, rows = self.data_, rows_of_a_pass(self.module_)
         outputs = torch.cat([self.module_(inputs).cpu() for inputs, *_ in data.in_order(rows)])
         scale = self.processes_.agreed(
@@ -410,7 +404,6 @@ class SoftEquivariantNet(NeuralNet):
             )
         )
         self.module_.scale_outputs(scale)
-        return scale
 
     def explained(self) -> float:
         """The part of what can be explained that is: 0 for a network that ignores its inputs."""
