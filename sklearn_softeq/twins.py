@@ -11,10 +11,13 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def twin_of(network: Network) -> Network:
-    """A copy of the modules with the very same tensors.
+    """A copy of the modules whose tensors lie where those of the network do.
 
-    Hooks that are set on it are not seen by other threads, which may predict with the network in
-    the meantime.
+    Hooks that are set on it, its mode, and whether its parameters ask for gradients are not seen by
+    other threads, which may predict with the network in the meantime.
     """
-    tensors = [*network.parameters(), *network.buffers()]
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    shared = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        for parameter in network.parameters()
+    }
+    return copy.deepcopy(network, shared | {id(buffer): buffer for buffer in network.buffers()})
