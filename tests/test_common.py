@@ -28,7 +28,8 @@ SHORT = {"max_epochs": 30, "evidence_every": 10}
 
 
 def test_check_estimator():
-    assert statuses(SoftEquivariantClassifier(**SHORT, width=4)) == set()
+    quick = {**SHORT, "max_epochs": 20, "batch_size": 64}
+    assert statuses(SoftEquivariantClassifier(**quick, width=4)) == set()
 
 
 @pytest.mark.slow

@@ -172,7 +172,7 @@ def test_what_is_not_fitted_is_not_fitted_after_loading(tmp_path):
         assert not again.__sklearn_is_fitted__()
 
 
-@pytest.mark.parametrize(("epochs", "predictive"), [(8, "map"), (60, "map"), (8, "laplace")])
+@pytest.mark.parametrize(("epochs", "predictive"), [(8, "map"), (30, "map"), (8, "laplace")])
 def test_files_are_no_larger_than_weights_and_a_little(epochs, predictive, digits, tmp_path):
     options = {**SHORT, "max_epochs": epochs, "width": 8, "tol": 0, "batch_size": 10}
     clf = SoftEquivariantClassifier(**options, predictive=predictive).fit(*digits)
