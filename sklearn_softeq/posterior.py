@@ -38,8 +38,14 @@ __all__ = ["Posterior", "output_covariance", "rows_of_a_prediction"]
 #: 16 MiB in float32.
 PASS_NUMBERS, PRODUCT_NUMBERS = 2**25, 2**22
 
-#: Fewest and most rows of a pass. Rows come in tiles, as in :mod:`sklearn_softeq.predictive`.
-TILE, MOST_ROWS = 16, 512
+#: Rows come in tiles, as in :mod:`sklearn_softeq.predictive`. A pass takes no more than so many, for
+#: a single row costs as much as all of them: with 512 it took 0.3 to 3 s where 128 take 0.1 to 0.6,
+#: and many rows need at most 1.3 times as long.
+TILE, MOST_ROWS = 16, 128
+
+#: Numbers up to which one tile is a pass, where ``PASS_NUMBERS`` do not suffice for it: 512 MiB in
+#: float32, of 400 outputs of small images that are sampled. Beyond, a pass has a single row.
+TILE_NUMBERS = 2**27
 
 #: Numbers that a pass holds for each one that a map of the network gives out, as in the curvature.
 ROW_NUMBERS = 2.2
@@ -411,5 +417,8 @@ def rows_of_a_prediction(network: nn.Module, posterior: Posterior, n_held: int) 
         given, seen = (basis.eigenvalues().shape[1] for basis in (right, left))
         kept = seen if layer.n_positions > 1 else 0  # coordinates of the inputs
         numbers += places * ((n_held + ROW_NUMBERS) * given + kept)
+    if TILE * numbers > TILE_NUMBERS:
+        # Nothing between: among fewer rows than a tile the last bits of one hang on its place.
+        return 1
     rows = int(PASS_NUMBERS / max(numbers, 1.0))
     return min(max(rows // TILE * TILE, TILE), MOST_ROWS)

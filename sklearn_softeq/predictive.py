@@ -156,7 +156,7 @@ def _in_batches(
             found.append(outputs(padded.to(device))[: len(batch)].cpu().double())
         return torch.cat(found)
 
-    return in_fewer_rows(of_all, n_rows, TILE)
+    return in_fewer_rows(of_all, n_rows, min(n_rows, TILE))
 
 
 def moderated(logits: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:

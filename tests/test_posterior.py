@@ -252,4 +252,4 @@ def test_rows_of_a_pass_go_by_sizes():
     network, found = setting()
     rows = partial(rows_of_a_prediction, network, found)
     assert rows(1) % 16 == rows(100) % 16 == 0
-    assert 16 <= rows(10_000) == 16 < rows(100) <= rows(1) <= 512
+    assert rows(10_000) == 1 < rows(2000) == 16 < rows(100) <= rows(1) <= 128
