@@ -51,6 +51,7 @@ from .symmetry import (
 from .training import AMP_DTYPES, OPTIMIZERS, SoftEquivariantNet
 from .twins import twin_of
 from .validation import (
+    check_callbacks,
     check_images,
     check_names,
     check_same_shape,
@@ -249,6 +250,7 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
     def _prepare(self, X, y, sample_weight, known=None, first=True) -> TrainingData:
         """Check everything that a user passes; the rows of positive weight on the device."""
         check_names(self.pathways, PATHWAYS, "pathways")
+        check_callbacks(self.callbacks, self.lr_schedule)
         if self.amp is not None and self.dtype == "float64":
             raise ValueError(
                 f"amp={self.amp!r} is for computation in float32; use dtype='auto' or 'float32'."
@@ -468,9 +470,9 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
             If they are not, and there is no posterior.
         """
         check_is_fitted(self)
+        self._validate_params()  # they may have been set since the fit
         if self.predictive == "map":
             return True
-        self._validate_params()  # they may have been set since the fit
         if "posterior_" not in vars(self):
             raise ValueError(
                 'predictive="laplace" needs the posterior of the weights, which is kept only by a '

@@ -1,5 +1,6 @@
 """The classifier as its users meet it."""
 
+import copy
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from scipy import sparse
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.callback import ProgressBar
 from sklearn.datasets import load_digits
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
@@ -31,6 +33,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
+from skorch import callbacks
 from skorch.callbacks import Callback, LRScheduler
 
 from sklearn_softeq import SoftEquivariantClassifier, assembly, course, networks, trials
@@ -1157,6 +1160,54 @@ def test_one_symmetry_and_all_pathways_together_have_a_trial(digits):
     assert set(clf.symmetry_trials_) == {"p1", "joint"}
 
 
+@pytest.mark.parametrize(
+    "callback",
+    [
+        callbacks.EpochTimer,
+        ("timer", callbacks.EpochTimer()),
+        callbacks.PrintLog(sink=lambda line: None),
+        callbacks.GradientNormClipping(1.0),
+        callbacks.EarlyStopping(monitor="train_loss"),
+        callbacks.Checkpoint(monitor=None),
+        callbacks.ProgressBar(),
+    ],
+    ids=lambda callback: str(callback).rpartition(".")[2].partition(" ")[0],
+)
+def test_what_skorch_has_in_stock(digits, callback, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a Checkpoint writes
+    settings = {**FAST, "max_epochs": 2, "start": "joint"}
+    clf = SoftEquivariantClassifier(**settings, callbacks=[callback]).fit(*digits)
+    assert clf.n_iter_ == 2
+
+
+@pytest.mark.parametrize(
+    ("callback", "error", "message"),
+    [
+        (ProgressBar(), TypeError, "ProgressBar.*set_callbacks"),
+        (1, TypeError, "got 1"),
+        (("timer", "me"), TypeError, "got 'me'"),
+        (callbacks.EarlyStopping, ValueError, "EarlyStopping monitors 'valid_loss'"),
+        (callbacks.Checkpoint(), ValueError, "Checkpoint monitors 'valid_loss_best'"),
+        (callbacks.EpochScoring("accuracy", on_train=True), ValueError, "ScoringMonitor"),
+        (callbacks.LRScheduler("StepLR", step_size=1), ValueError, "lr_schedule='constant'"),
+    ],
+)
+def test_what_callbacks_ask_for_and_is_not_there(digits, callback, error, message):
+    clf = SoftEquivariantClassifier(**FAST, callbacks=[callback])
+    with pytest.raises(error, match=message):
+        clf.fit(*digits)
+
+
+@pytest.mark.parametrize("predictive", ["map", "laplace"])
+def test_what_is_set_after_a_fit_is_checked_by_predictions(digits, predictive):
+    clf = SoftEquivariantClassifier(**{**FAST, "max_epochs": 2}, predictive=predictive)
+    clf.fit(*digits)
+    for bad in ({"batch_size": "junk"}, {"batch_size": -5}, {"dtype": "float16"}):
+        again = copy.copy(clf).set_params(**bad)
+        with pytest.raises(ValueError, match=f"'{next(iter(bad))}' parameter"):
+            again.predict(digits[0])
+
+
 def test_callbacks_are_copied_and_may_stop(digits):
     class Stopper(Callback):
         calls = 0
@@ -1286,6 +1337,7 @@ def test_permutation_importance(fitted, digits):
         ({"pathways": "dense"}, r"'p4m_conv'.*'sparse_fc'.*unknown: \['dense'\]"),
         ({"pathways": ()}, "one or more different names"),
         ({"pathways": ("conv", "conv")}, "one or more different names"),
+        ({"pathways": {"conv", "fc"}}, "no order: give a tuple or a list"),
         ({"hyper_solver": "newton"}, "'hyper_solver' parameter .* must be a str among"),
         ({"hyper_warmup": -1}, "'hyper_warmup' parameter .* in the range"),
         ({"batch_size": "large"}, "'batch_size' parameter"),
