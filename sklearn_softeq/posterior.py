@@ -38,9 +38,9 @@ __all__ = ["Posterior", "output_covariance", "rows_of_a_prediction"]
 #: 16 MiB in float32.
 PASS_NUMBERS, PRODUCT_NUMBERS = 2**25, 2**22
 
-#: Rows come in tiles, as in :mod:`sklearn_softeq.predictive`. A pass takes no more than so many, for
-#: a single row costs as much as all of them: with 512 it took 0.3 to 3 s where 128 take 0.1 to 0.6,
-#: and many rows need at most 1.3 times as long.
+#: Rows come in tiles, as in :mod:`sklearn_softeq.predictive`. A pass takes no more than so many,
+#: for a single row costs as much as all of them: with 512 it took 0.3 to 3 s where 128 take 0.1 to
+#: 0.6, and many rows need at most 1.3 times as long.
 TILE, MOST_ROWS = 16, 128
 
 #: Numbers up to which one tile is a pass, where ``PASS_NUMBERS`` do not suffice for it: 512 MiB in
