@@ -50,7 +50,7 @@ format: env ## put the code in the format that lint asks for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.docs ## build the pages into docs/_build/html; warnings are errors
+docs: $(VENV)/.docs ## build the pages into docs/_build/html and run the examples, eight minutes; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 $(VENV)/.docs: $(VENV)/.installed
@@ -67,6 +67,7 @@ rivals: env ## add laplace-torch and its backends, which benchmarks/factors.py c
 	$(PIP) uninstall --yes torchvision
 
 clean: ## remove what was built or cached; the environment stays
-	rm -rf build dist *.egg-info docs/_build docs/generated .coverage
+	rm -rf build dist *.egg-info docs/_build docs/generated docs/examples docs/sg_execution_times.rst
+	rm -rf .coverage
 	rm -rf .pytest_cache .ruff_cache .mypy_cache
 	find sklearn_softeq tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,20 @@ extensions = [
     "sphinx.ext.autosummary",
     "myst_parser",
     "numpydoc",
+    "sphinx_gallery.gen_gallery",
 ]
+# The pages named plot_* are run, a few minutes in all; their figures stand beside the code.
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "examples",
+    "filename_pattern": "plot_",
+    "ignore_pattern": "demo",  # a program of its own, with arguments
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "show_memory": False,
+}
+# Figures are remembered by what made them, which no pickle can be held against.
+suppress_warnings = ["config.cache"]
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 source_suffix = {".rst": "restructuredtext", ".md": "markdown"}
