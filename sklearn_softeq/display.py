@@ -4,6 +4,8 @@ A display stores arrays, draws them in ``plot`` and takes them from a fitted est
 ``from_estimator``, as those of scikit-learn do.
 """
 
+import math
+
 import numpy as np
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
@@ -176,10 +178,12 @@ class SymmetryDisplay:
         ax.set_xscale("log")
         ax.set(xlim=(low, high), ylim=(len(rows) - 0.5, -0.5), xlabel="prior precision δ")
         ax.set_yticks(np.arange(len(shown)), labels=[])
-        if np.isinf(precision).any():
-            edge = removed**2 / high
+        edge = removed**2 / high if np.isinf(precision).any() else high
+        ticks = _log_ticks(low, edge)
+        ax.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        ax.set_xticks([], minor=True)
+        if edge < high:
             ax.axvspan(edge, high, color="0.93", zorder=0)
-            ax.set_xticks([tick for tick in ax.get_xticks() if low <= tick < edge])
             where = {"xy": (removed, 1.0), "xycoords": ("data", "axes fraction")}
             ax.annotate("removed", **where, ha="center", va="bottom", fontsize="small")
         ax.grid(color="0.88", zorder=0)
@@ -398,6 +402,15 @@ def _log_range(precision):
     removed = high + 3 * margin
     right = removed + margin if np.isinf(precision).any() else high + margin
     return 10 ** (low - margin), 10**right, 10**removed
+
+
+def _log_ticks(low, high):
+    """A few round numbers between two limits of a log axis: 1, 2, 5 of each decade, or decades."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    decades = range(first, last + 1, max((last - first) // 4, 1))
+    digits = (1, 2, 5) if math.log10(high / low) < 2 else (1,)
+    ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+    return [tick for tick in ticks if low <= tick < high]
 
 
 def _legend_beside(ax, handles, labels, **options):

@@ -112,6 +112,27 @@ def test_a_removed_pathway_stands_at_the_edge(plt):
     assert [text.get_text() for text in display.axes_[1].texts] == ["removed"]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (2.1, 11.0, ["5", "10"]),
+        (0.3, 12.0, ["0.5", "1", "2", "5", "10"]),
+        (1e-3, 1e5, ["0.01", "1", "100", "10000"]),
+    ],
+)
+def test_ticks_of_precisions_are_few_and_round(plt, low, high, expected):
+    display = SymmetryDisplay(
+        symmetry=np.ones((2, 1)),
+        prior_precision=np.array([[low], [high]]),
+        layer_names=["blocks.0", "head"],
+        pathway_names=["conv"],
+    ).plot()
+    ax = display.axes_[1]
+    shown = [label.get_text() for label in ax.get_xticklabels()]
+    assert [tick for tick in shown if float(tick) >= low] == expected
+    assert not list(ax.get_xticklabels(minor=True))
+
+
 def test_no_word_of_removal_when_all_pathways_are_there(plt):
     assert len(random_symmetry(3, 2).plot().axes_[1].texts) == 0
 
