@@ -23,6 +23,7 @@ ORDER = (
     "memory",
     "twins",
     "records",
+    "descriptions",
     "groups",
     "anchors",
     "kronecker",

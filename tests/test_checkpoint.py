@@ -1,6 +1,7 @@
 """Fits that were broken off go on from the disk, and end as they would have ended."""
 
 import math
+import os
 import pickle
 import random
 import re
@@ -8,9 +9,11 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -408,7 +411,7 @@ def test_the_walk_reaches_what_matters(kind, paths, data):
 # ── damaged files
 
 
-@pytest.mark.parametrize("damage", ["torn", "changed", "empty", "foreign"])
+@pytest.mark.parametrize("damage", ["torn", "in the magic", "changed", "empty", "zeros"])
 def test_a_damaged_file_is_left_aside(damage, data, tmp_path):
     expected = SoftEquivariantClassifier(**SHORT).fit(*data)
     clf = SoftEquivariantClassifier(**SHORT, checkpoint_dir=tmp_path)
@@ -418,9 +421,10 @@ def test_a_damaged_file_is_left_aside(damage, data, tmp_path):
     last.write_bytes(
         {
             "torn": content[: len(content) // 2],
+            "in the magic": content[:9],
             "changed": content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
             "empty": b"",
-            "foreign": pickle.dumps({}),
+            "zeros": bytes(len(content)),
         }[damage]
     )
     begun = []
@@ -454,11 +458,24 @@ def test_no_code_in_a_checkpoint_is_run(data, tmp_path):
         def __reduce__(self):
             return open, (str(done), "w")
 
-    for name in FILES:
-        torch.save(Payload(), tmp_path / name)
-    with pytest.warns(UserWarning, match="left aside"):
+    torch.save(Payload(), tmp_path / FILES[0])
+    with pytest.raises(FileExistsError):
         SoftEquivariantClassifier(**SHORT, checkpoint_dir=tmp_path).fit(*data)
     assert not done.exists()
+
+
+@pytest.mark.parametrize("content", [b"notes", pickle.dumps({}), bytes(9) + b"1", b"\n"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_file_of_something_else_is_left_alone(content, begun, data, tmp_path):
+    clf = SoftEquivariantClassifier(**SHORT, checkpoint_dir=tmp_path)
+    if begun:
+        broken_off(clf, data, 3)
+    (tmp_path / FILES[0]).write_bytes(content)
+    before = dict(vars(clf))
+    with pytest.raises(FileExistsError, match=f"{FILES[0]} is no record .* move it away"):
+        clf.fit(*data)
+    assert vars(clf) == before
+    assert (tmp_path / FILES[0]).read_bytes() == content
 
 
 def test_what_was_left_half_written_goes_after_a_while(data, tmp_path, monkeypatch):
@@ -547,6 +564,7 @@ def test_other_parameters_are_refused(changes, said, data, tmp_path):
         {"callbacks": []},
         {"width": np.int64(2)},
         {"pathways": ["conv", "factored_fc"]},
+        {"pathways": np.array(["conv", "factored_fc"])},
         {"warm_start": True},
         {"device": "cpu"},
     ],
@@ -556,6 +574,57 @@ def test_what_makes_no_difference_is_let_pass(changes, data, tmp_path, capsys):
     broken_off(clf, data, 3)
     clf.set_params(**changes).fit(*data)
     assert ("goes on after epoch 3" in capsys.readouterr().out) == ("verbose" in changes)
+
+
+def test_one_pathway_and_image_shapes_in_any_form(data, tmp_path):
+    clf = SoftEquivariantClassifier(**SHORT, checkpoint_dir=tmp_path)
+    broken_off(clf.set_params(pathways="conv", image_shape=(1, 4, 4)), data, 3)
+    broken_off(clf.set_params(pathways=["conv"], image_shape=[1, 4, 4]), data, 5)
+    clf.set_params(pathways=("conv",), image_shape=np.array([1, 4, 4])).fit(*data)
+
+
+def shift(batch, k):
+    return batch.roll(k, -1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (partial(shift, k=1), partial(shift, k=3)),
+        (lambda batch: batch, lambda batch: batch.flip(-1)),
+        (torch.nn.Dropout(0.1), torch.nn.Dropout(0.2)),
+    ],
+)
+def test_another_callable_is_refused(one, other, data, tmp_path):
+    clf = SoftEquivariantClassifier(**SHORT, augment=one, checkpoint_dir=tmp_path)
+    broken_off(clf, data, 3)
+    with pytest.raises(ValueError, match="augment was .* and is .*. Call"):
+        clf.set_params(augment=other).fit(*data)
+    clf.set_params(augment=one).fit(*data)
+    with pytest.raises(ValueError, match="augment was .* and is .*. Call"):
+        clf.set_params(augment=other).fit(*data)
+
+
+class Locked:
+    """An augmentation that no other process can know again."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __call__(self, batch):
+        with self.lock:
+            return batch
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_parameter_that_cannot_be_known_again_is_refused(data, tmp_path):
+    clf = SoftEquivariantClassifier(**SHORT, augment=Locked(), checkpoint_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match="augment=.*Locked.* of _thread.lock nothing can be kept"):
+        clf.fit(*data)
+    assert not list(tmp_path.iterdir())
+    clf.set_params(checkpoint_dir=None).fit(*data)  # nothing has to be known again
 
 
 @pytest.mark.parametrize("of", ["sklearn_softeq", "torch"])
@@ -603,6 +672,21 @@ def test_in_a_search_each_fit_has_its_own_folder(data, tmp_path, monkeypatch):
         again.cv_results_["mean_test_score"], search.cv_results_["mean_test_score"]
     )
     assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_search_over_functions_tells_them_apart(n_jobs, data, tmp_path):
+    clf = SoftEquivariantClassifier(**{**SHORT, "max_epochs": 4})
+    grid = {"augment": [lambda batch: batch, lambda batch: batch * 0, partial(shift, k=1)]}
+    options = {"cv": 2, "scoring": "neg_log_loss"}
+    expected = GridSearchCV(clf, grid, **options).fit(*data)
+    clf.set_params(checkpoint_dir=tmp_path)
+    search = GridSearchCV(clf, grid, **options, n_jobs=n_jobs).fit(*data)
+    scores = search.cv_results_["mean_test_score"]
+    np.testing.assert_array_equal(scores, expected.cv_results_["mean_test_score"])
+    assert len(set(scores)) == 3
+    # Two folds of three, and the best; here the functions are those of the other processes.
+    assert len(list(tmp_path.iterdir())) == 7
 
 
 def test_a_search_that_was_broken_off_goes_on(data, tmp_path):
@@ -662,6 +746,25 @@ def test_a_folder_that_cannot_be_written_to(data, tmp_path, monkeypatch):
 def test_checkpoint_dir_is_a_path(folder, data):
     with pytest.raises(ValueError, match="checkpoint_dir"):
         SoftEquivariantClassifier(**SHORT, checkpoint_dir=folder).fit(*data)
+
+
+def test_the_home_of_the_user(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    clf = SoftEquivariantClassifier(**SHORT, checkpoint_dir="~/x")
+    broken_off(clf, data, 1)
+    assert (tmp_path / "home" / "x" / FILES[0]).exists()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("folder", ["", "~nobody of that name/x"])
+def test_what_names_no_folder_is_refused(folder, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clf = SoftEquivariantClassifier(**SHORT, checkpoint_dir=folder)
+    with pytest.raises(ValueError, match="checkpoint_dir='"):
+        clf.fit(*data)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_ends_no_training(data, tmp_path, monkeypatch):
@@ -823,6 +926,60 @@ def finished(process, path):
     assert process.wait() == 0
     process.stdout.close()
     return pickle.loads(path.read_bytes())
+
+
+RESTART = """
+    import contextlib, functools, sys
+
+    import numpy as np
+    from sklearn_softeq import SoftEquivariantClassifier, checkpoint
+    from skorch.callbacks import Callback
+
+    checkpoint.SHARE = float("inf")
+
+    class Stop(Callback):
+        def on_epoch_begin(self, net, **kwargs):
+            print(len(net.history), end=" ")
+            if len(net.history) == int(sys.argv[2]):
+                raise OSError
+
+    def flip(batch, k=None):
+        return batch.flip(-1) if k in {1, 2, "a", "b"} else batch
+
+    class Flip:
+        kinds = ("a", "b")
+
+        def __init__(self, kinds):
+            self.kinds = kinds
+
+        def __call__(self, batch):
+            return flip(batch, "a") if "a" in self.kinds else batch
+
+    X, y = np.arange(320.0).reshape(20, 16) % 7, np.arange(20) % 2
+    augment = [lambda batch: flip(batch, 1), functools.partial(flip, k="b"), Flip({"a", "c", "d"})]
+    for i, function in enumerate(augment):
+        clf = SoftEquivariantClassifier(
+            width=1, max_epochs=4, burn_in=1, evidence_every=1, random_state=0,
+            callbacks=[Stop()], augment=function, checkpoint_dir=f"{sys.argv[1]}/{i}",
+        )
+        with contextlib.suppress(OSError):
+            clf.fit(X, y)
+        print()
+"""
+
+
+def test_code_of_a_script_is_known_again_after_a_restart(tmp_path):
+    script = tmp_path / "fit.py"
+    script.write_text(textwrap.dedent(RESTART))
+    for seed, stop, epochs in (("1", "2", "1 2"), ("2", "-1", "2 3 4")):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", script, tmp_path / "run", stop],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        assert [line.strip() for line in done.stdout.splitlines()] == [epochs] * 3
 
 
 @pytest.mark.slow
