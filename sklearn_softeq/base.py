@@ -7,7 +7,6 @@ likelihood these have, and what predictions are.
 import hashlib
 import math
 import os
-import warnings
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -32,6 +31,7 @@ from .likelihoods import Categorical, Gaussian
 from .marginal_likelihood import HYPER_SOLVERS
 from .memory import advises_on_memory
 from .networks import ACTIVATIONS, ARCHITECTURES
+from .notices import warn
 from .persistence import check_version, packed, unpacked
 from .posterior import Posterior
 from .predictive import PREDICTIVES, map_outputs
@@ -441,22 +441,19 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         """Say so, too, if it was an interrupt that ended training."""
         if self.net_.interrupted_:
             further = "" if self.checkpoint_dir is None else " To go on with it, call fit again."
-            warnings.warn(
+            warn(
                 f"An interrupt (Ctrl-C) broke off training in epoch {self.net_.interrupted_} of at "
                 f"most {self.max_epochs}. The model is fitted with the state of the last evidence "
                 f"before it.{further}",
-                UserWarning,
-                stacklevel=5,
             )
             return
         if self.net_.course.capped and joined(self.device_).rank == 0:
             figure = "log evidence" if self.net_.course.evidence.steps else "log joint"
-            warnings.warn(
+            warn(
                 f"The {figure} had not settled when training had to end at max_epochs="
                 f"{self.max_epochs}. Raise max_epochs, or tol ({self.tol} nats per observation) "
                 "if this is good enough.",
                 ConvergenceWarning,
-                stacklevel=5,  # past scikit-learn's wrapper, to the caller of fit
             )
 
     def _takes_map(self) -> bool:

@@ -8,7 +8,6 @@ import hashlib
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from .descriptions import IndescribableError, described
 from .groups import P1, POINT_GROUPS
 from .layers import PATHWAYS
 from .marginal_likelihood import AdamSolver, Ascent
+from .notices import warn
 from .processes import Processes
 from .records import DamagedError, ForeignError, digest, read, write
 from .schedules import JointStart, LearningRate, Plateau, Start, SymmetricStart
@@ -414,11 +414,9 @@ class Run:
         try:
             self._write(record)
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"A checkpoint could not be written ({error}). Training goes on; if it breaks off, "
                 "the fit will go on from the last one that could be.",
-                UserWarning,
-                stacklevel=2,
             )
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -505,10 +503,8 @@ def _records(folder: Path) -> list[dict[str, Any]]:
                 "own."
             ) from error
         except DamagedError as error:
-            warnings.warn(
+            warn(
                 f"{error} It is left aside; the fit goes on from the one before, if there is any.",
-                UserWarning,
-                stacklevel=2,
             )
     return found
 
@@ -530,11 +526,9 @@ def _tidy(folder: Path) -> None:
 def _compare_threads(then: int) -> None:
     now = torch.get_num_threads()
     if now != then:
-        warnings.warn(
+        warn(
             f"This fit was begun with {then} threads and goes on with {now}, which round "
             "otherwise: its last digits will not be those of a fit that was never broken off.",
-            UserWarning,
-            stacklevel=2,
         )
 
 

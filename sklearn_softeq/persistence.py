@@ -4,7 +4,6 @@ So a fitted estimator can be saved by whatever saves arrays, is no larger than i
 kilobytes, and holds no class of skorch's or torch's that a loader would have to trust.
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -16,6 +15,7 @@ from ._version import __version__
 from .assembly import Assembly, Seeds
 from .batches import TrainingData
 from .checkpoint import columns, plain_start, rows, start_from
+from .notices import warn
 from .schedules import LearningRate
 from .training import SoftEquivariantNet
 
@@ -111,11 +111,9 @@ def check_version(found: str, name: str) -> None:
         With both versions.
     """
     if found != __version__:
-        warnings.warn(
+        warn(
             f"This {name} was saved by sklearn_softeq {found} and is loaded by {__version__}. "
             "Predictions may differ; fit it again, or load it with the version that saved it.",
-            UserWarning,
-            stacklevel=4,
         )
 
 

@@ -17,6 +17,7 @@ PACKAGE = "sklearn_softeq"
 ORDER = (
     "_version",
     # ground
+    "notices",
     "docstrings",
     "devices",
     "processes",

@@ -1,18 +1,19 @@
 """Fits that were broken off go on from the disk, and end as they would have ended."""
 
+import contextlib
 import math
 import os
 import pickle
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 import warnings
-from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -115,7 +116,7 @@ def assert_same(found, expected, X):
     np.testing.assert_array_equal(found._compared(X), expected._compared(X))
 
 
-@contextmanager
+@contextlib.contextmanager
 def breaking(monkeypatch, owner, name, function, error=BrokenError):
     """A part of the code ends what is done within, as a crash would."""
     with monkeypatch.context() as patch:
@@ -892,26 +893,29 @@ FIT = """
     import numpy as np
     import torch
 
-    from sklearn_softeq import SoftEquivariantClassifier, checkpoint
+    import sklearn_softeq
+    from sklearn_softeq import checkpoint
 
     torch.set_num_threads(1)
     checkpoint.SHARE = float(sys.argv[3])
-    settings, X, y = pickle.loads(open(sys.argv[1], "rb").read())
+    name, settings, X, y = pickle.loads(open(sys.argv[1], "rb").read())
     warnings.simplefilter("ignore")
     print("ready", flush=True)
-    clf = SoftEquivariantClassifier(**settings).fit(X, y)
+    clf = getattr(sklearn_softeq, name)(**settings).fit(X, y)
     found = {name: value for name, value in vars(clf).items() if name.endswith("_")}
     del found["net_"], found["device_"]
-    found["probabilities"] = clf.predict_proba(X)
+    found.pop("posterior_", None)
+    found["predictions"] = clf._compared(X)
     found["weights"] = {name: w.detach().numpy() for name, w in clf.module_.named_parameters()}
     with open(sys.argv[2], "wb") as file:
         pickle.dump(found, file)
 """
 
 
-def begin(folder, data, share=math.inf, **settings):
+def begin(folder, data, share=math.inf, estimator=SoftEquivariantClassifier, **settings):
     """A process that is about to fit, and the file for what it finds."""
-    for name, content in (("fit.py", textwrap.dedent(FIT)), ("data", (settings, *data))):
+    given = (estimator.__name__, settings, *data)
+    for name, content in (("fit.py", textwrap.dedent(FIT)), ("data", given)):
         written = content.encode() if isinstance(content, str) else pickle.dumps(content)
         (folder / name).write_bytes(written)
     arguments = [folder / "fit.py", folder / "data", folder / "found", share]
@@ -982,6 +986,19 @@ def test_code_of_a_script_is_known_again_after_a_restart(tmp_path):
         assert [line.strip() for line in done.stdout.splitlines()] == [epochs] * 3
 
 
+def last_number(folder):
+    """Of the records on disk; -1 if there is none yet."""
+    # The random numbers of trials that are not over are on disk, or nothing is yet.
+    numbers = [read(folder / name)["number"] for name in FILES if (folder / name).exists()]
+    return max(numbers, default=-1)
+
+
+def kill(process):
+    process.kill()  # SIGKILL
+    process.wait()
+    process.stdout.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, math.inf])
 def test_killed_at_any_moment(share, data, tmp_path):
@@ -996,14 +1013,29 @@ def test_killed_at_any_moment(share, data, tmp_path):
         try:
             process.wait(timeout=chance.uniform(0.0, seconds))
         except subprocess.TimeoutExpired:
-            process.kill()  # SIGKILL
-            process.wait()
-            process.stdout.close()
-            # The random numbers of trials that are not over are on disk, or nothing is yet.
-            numbers = [read(folder / name)["number"] for name in FILES if (folder / name).exists()]
-            reached.append(max(numbers, default=-1))
+            kill(process)
+            reached.append(last_number(folder))
         else:
             np.testing.assert_equal(finished(process, path), expected)
             shutil.rmtree(folder)  # once more from the beginning
     assert len(set(reached)) > 1  # not always at the same place
     np.testing.assert_equal(finished(*begin(tmp_path, data, share, **settings)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("estimator", "options"),
+    [(SoftEquivariantRegressor, REGRESSOR), (SoftEquivariantClassifier, KINDS["posterior"])],
+)
+def test_other_fits_killed_on_the_way(estimator, options, data, tmp_path):
+    given = (tmp_path, data, math.inf, estimator)
+    settings = {**SHORT, **options, "max_epochs": 40}
+    expected = finished(*begin(*given, **settings))
+    settings["checkpoint_dir"] = folder = tmp_path / "run"
+    for number in (0, 6, 17, 25):
+        process, _ = begin(*given, **settings)
+        while last_number(folder) < number and process.poll() is None:
+            time.sleep(0.002)
+        kill(process)
+        assert process.returncode == -signal.SIGKILL
+    np.testing.assert_equal(finished(*begin(*given, **settings)), expected)
