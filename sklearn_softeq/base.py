@@ -22,6 +22,7 @@ from sklearn.utils.validation import check_is_fitted
 from ._version import __version__
 from .assembly import Assembly, Seeds
 from .batches import AUGMENTATIONS, BATCH_ROWS, TrainingData, batch_rows
+from .blobs import Blob, from_blob, to_blob
 from .budget import rows_of_a_pass
 from .checkpoint import Checkpoint, Run, data_digests, identity, open_run, restore, start_from
 from .curvature import COLUMNS, KFAC_FORMS
@@ -177,25 +178,31 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         return twin
 
     def __getstate__(self):
-        """Plain values, arrays and parameters; nothing of torch's or skorch's."""
+        """Plain values, arrays and parameters; nothing of torch's or skorch's.
+
+        Those of a fitted estimator are one array of bytes, but for what is not plain.
+        """
         state = super().__getstate__().copy()
-        if self.__sklearn_is_fitted__():
-            state["net_"] = packed(self.net_)
-            state["device_"] = str(self.device_)
+        version = {"_sklearn_softeq_version": __version__}
+        if not self.__sklearn_is_fitted__():
+            return state | version
+        state["net_"] = packed(self.net_)
+        state["device_"] = str(self.device_)
         if "posterior_" in state:
             state["posterior_"] = self.posterior_.packed()
         if "simplification_" in state:
             state["simplification_"] = dict(state["simplification_"])
-        return {**state, "_sklearn_softeq_version": __version__}
+        return {"_blob": list(to_blob(state))} | version
 
     def __setstate__(self, state):
         state = dict(state)
         check_version(state.pop("_sklearn_softeq_version", "unknown"), type(self).__name__)
-        net = state.pop("net_", None)
+        if "_blob" in state:
+            state = from_blob(Blob(*state.pop("_blob"))) | state
         super().__setstate__(state)
-        if net is not None:
+        if "net_" in state:
             self.device_ = present_device(state["device_"], self.device)
-            self.net_ = unpacked(net, self)
+            self.net_ = unpacked(state["net_"], self)
         if "posterior_" in state:
             self.posterior_ = Posterior.unpacked(state["posterior_"]).to(self.device_)
         if "simplification_" in state:

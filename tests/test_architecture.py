@@ -24,6 +24,7 @@ ORDER = (
     "memory",
     "twins",
     "records",
+    "blobs",
     "descriptions",
     "groups",
     "anchors",
