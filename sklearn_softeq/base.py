@@ -33,7 +33,7 @@ from .marginal_likelihood import HYPER_SOLVERS
 from .memory import advises_on_memory
 from .networks import ACTIVATIONS, ARCHITECTURES
 from .notices import warn
-from .persistence import check_version, packed, unpacked
+from .persistence import check_settings, check_version, packed, unpacked
 from .posterior import Posterior
 from .predictive import PREDICTIVES, map_outputs
 from .processes import alone, joined
@@ -196,9 +196,12 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
 
     def __setstate__(self, state):
         state = dict(state)
-        check_version(state.pop("_sklearn_softeq_version", "unknown"), type(self).__name__)
+        version = state.pop("_sklearn_softeq_version", "unknown")
+        check_version(version, type(self).__name__)
         if "_blob" in state:
             state = from_blob(Blob(*state.pop("_blob"))) | state
+        if "net_" in state:
+            check_settings(state["net_"]["settings"], self._get_param_names(), version)
         super().__setstate__(state)
         if "net_" in state:
             self.device_ = present_device(state["device_"], self.device)

@@ -2,12 +2,14 @@
 
 What saves estimators spends a few hundred bytes on each value and each array that it meets, which
 for a small network is more than its weights. Here values and shapes are JSON, and behind it lie the
-numbers of all arrays, in the order in which they are named. Nothing in it is ever executed, whoever
-made it.
+numbers of all arrays, in the order in which they are named. Where that is little it is compressed:
+the history of a long training is much of it, and says some things twice. Nothing in it is ever
+executed, whoever made it.
 """
 
 import json
 import math
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,13 @@ __all__ = ["Blob", "from_blob", "to_blob"]
 
 #: Bytes that say how long the JSON is.
 LENGTH = 8
+
+#: Content of so many bytes at most is compressed. Of more nearly all are weights, which hardly get
+#: smaller and would take long.
+SMALL = 2**20
+
+#: The first byte says which it is.
+PLAIN, COMPRESSED = b"\0", b"\1"
 
 #: Kinds of arrays whose bytes say all: numbers, times; and strings, but for NumPy's scalars.
 NUMBERS, STRINGS = "biufcmM", "SU"
@@ -27,7 +36,8 @@ class Blob(NamedTuple):
     Parameters
     ----------
     content : ndarray of uint8, of one dimension
-        The length of the JSON, the JSON, and the bytes of the arrays.
+        Whether the rest is compressed; the length of the JSON, the JSON, and the bytes of the
+        arrays.
     others : list
         What is neither plain nor an array of plain values, as it was.
     """
@@ -48,8 +58,10 @@ def to_blob(tree: Any) -> Blob:
     encoder = _Encoder()
     # Each dictionary of the JSON has one key, which says what it stands for.
     text = json.dumps(encoder(tree), separators=(",", ":")).encode()
-    parts = [len(text).to_bytes(LENGTH, "little"), text, *encoder.parts]
-    return Blob(np.frombuffer(b"".join(parts), np.uint8), encoder.others)
+    content = b"".join([len(text).to_bytes(LENGTH, "little"), text, *encoder.parts])
+    small = len(content) <= SMALL
+    content = COMPRESSED + zlib.compress(content) if small else PLAIN + content
+    return Blob(np.frombuffer(content, np.uint8), encoder.others)
 
 
 def from_blob(blob: Blob) -> Any:
@@ -61,12 +73,20 @@ def from_blob(blob: Blob) -> Any:
         If it is none of :func:`to_blob`'s.
     """
     try:
-        content = np.asarray(blob.content, np.uint8).tobytes()
+        content = _opened(np.asarray(blob.content, np.uint8).tobytes())
         begin = LENGTH + int.from_bytes(content[:LENGTH], "little")
-        plain = json.loads(content[LENGTH:begin])
-        return _Decoder(memoryview(content)[begin:], blob.others)(plain)
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        plain = json.loads(bytes(content[LENGTH:begin]))
+        return _Decoder(content[begin:], blob.others)(plain)
+    except (ValueError, TypeError, LookupError, RecursionError, zlib.error) as error:
         raise ValueError(f"This is not what a model was saved as: {error}") from error
+
+
+def _opened(content: bytes) -> memoryview:
+    """What has been compressed, or has not, without its first byte."""
+    if content[:1] == COMPRESSED:
+        # No more than was ever put in, whatever a file says.
+        return memoryview(zlib.decompressobj().decompress(content[1:], SMALL))
+    return memoryview(content)[1:]
 
 
 class _Encoder:

@@ -2,10 +2,13 @@
 
 import json
 import pickle
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
 
+from sklearn_softeq import blobs
 from sklearn_softeq.blobs import Blob, from_blob, to_blob
 
 STRANGER = object()
@@ -47,7 +50,9 @@ def assert_same(found, expected):
         assert repr(found) == repr(expected)  # -0.0, and types of NumPy's scalars
 
 
-def test_round_trip():
+@pytest.mark.parametrize("small", [2**20, 0])
+def test_round_trip(small, monkeypatch):
+    monkeypatch.setattr(blobs, "SMALL", small)
     blob = to_blob(TREE)
     assert blob.content.dtype == np.uint8
     assert blob.content.ndim == 1
@@ -61,6 +66,26 @@ def test_round_trip():
     assert not any(np.shares_memory(a, blob.content) for a in found["arrays"].values())
 
 
+def test_little_is_compressed_and_much_is_not():
+    few, many = np.zeros(10_000), np.zeros(200_000)
+    assert len(to_blob(few).content) < 300
+    assert len(to_blob(many).content) > many.nbytes
+    for array in (few, many):
+        assert_same(from_blob(to_blob(array)), array)
+
+
+def test_what_was_compressed_does_not_grow_without_end():
+    text = b"[" + b" " * 2**26 + b"]"
+    content = b"\1" + zlib.compress(len(text).to_bytes(8, "little") + text)
+    assert len(content) < 2**17
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="not what a model was saved as"):
+        from_blob(Blob(np.frombuffer(content, np.uint8), []))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23
+
+
 def test_only_what_is_not_plain_is_left_over():
     assert len(to_blob(TREE).others) == 5
     assert to_blob(TREE["arrays"]).others == []
@@ -72,7 +97,7 @@ def test_numbers_that_are_no_numbers():
 
 def with_json(plain, rest=b"", others=()):
     text = plain if isinstance(plain, bytes) else json.dumps(plain).encode()
-    content = len(text).to_bytes(8, "little") + text + rest
+    content = b"\0" + len(text).to_bytes(8, "little") + text + rest
     return Blob(np.frombuffer(content, np.uint8), list(others))
 
 
@@ -81,6 +106,9 @@ def with_json(plain, rest=b"", others=()):
     [
         Blob(np.empty(0, np.uint8), []),
         Blob(np.frombuffer(b"\xff" * 40, np.uint8), []),
+        Blob(np.frombuffer(b"\1" + b"\xff" * 40, np.uint8), []),
+        Blob(to_blob(TREE).content[:-30], []),
+        Blob(None, []),
         with_json(pickle.dumps(TREE["arrays"])),
         with_json(b"[" * 100_000),
         with_json({"array": ["|O", [1], "C"]}, bytes(8)),
