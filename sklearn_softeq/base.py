@@ -7,7 +7,6 @@ likelihood these have, and what predictions are.
 import hashlib
 import math
 import os
-import warnings
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -23,6 +22,7 @@ from sklearn.utils.validation import check_is_fitted
 from ._version import __version__
 from .assembly import Assembly, Seeds
 from .batches import AUGMENTATIONS, BATCH_ROWS, TrainingData, batch_rows
+from .blobs import Blob, from_blob, to_blob
 from .budget import rows_of_a_pass
 from .checkpoint import Checkpoint, Run, data_digests, identity, open_run, restore, start_from
 from .curvature import COLUMNS, KFAC_FORMS
@@ -32,7 +32,8 @@ from .likelihoods import Categorical, Gaussian
 from .marginal_likelihood import HYPER_SOLVERS
 from .memory import advises_on_memory
 from .networks import ACTIVATIONS, ARCHITECTURES
-from .persistence import check_version, packed, unpacked
+from .notices import warn
+from .persistence import check_settings, check_version, packed, unpacked
 from .posterior import Posterior
 from .predictive import PREDICTIVES, map_outputs
 from .processes import alone, joined
@@ -178,25 +179,34 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         return twin
 
     def __getstate__(self):
-        """Plain values, arrays and parameters; nothing of torch's or skorch's."""
+        """Plain values, arrays and parameters; nothing of torch's or skorch's.
+
+        Those of a fitted estimator are one array of bytes, but for what is not plain.
+        """
         state = super().__getstate__().copy()
-        if self.__sklearn_is_fitted__():
-            state["net_"] = packed(self.net_)
-            state["device_"] = str(self.device_)
+        version = {"_sklearn_softeq_version": __version__}
+        if not self.__sklearn_is_fitted__():
+            return state | version
+        state["net_"] = packed(self.net_)
+        state["device_"] = str(self.device_)
         if "posterior_" in state:
             state["posterior_"] = self.posterior_.packed()
         if "simplification_" in state:
             state["simplification_"] = dict(state["simplification_"])
-        return {**state, "_sklearn_softeq_version": __version__}
+        return {"_blob": list(to_blob(state))} | version
 
     def __setstate__(self, state):
         state = dict(state)
-        check_version(state.pop("_sklearn_softeq_version", "unknown"), type(self).__name__)
-        net = state.pop("net_", None)
+        version = state.pop("_sklearn_softeq_version", "unknown")
+        check_version(version, type(self).__name__)
+        if "_blob" in state:
+            state = from_blob(Blob(*state.pop("_blob"))) | state
+        if "net_" in state:
+            check_settings(state["net_"]["settings"], self._get_param_names(), version)
         super().__setstate__(state)
-        if net is not None:
+        if "net_" in state:
             self.device_ = present_device(state["device_"], self.device)
-            self.net_ = unpacked(net, self)
+            self.net_ = unpacked(state["net_"], self)
         if "posterior_" in state:
             self.posterior_ = Posterior.unpacked(state["posterior_"]).to(self.device_)
         if "simplification_" in state:
@@ -443,22 +453,19 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         """Say so, too, if it was an interrupt that ended training."""
         if self.net_.interrupted_:
             further = "" if self.checkpoint_dir is None else " To go on with it, call fit again."
-            warnings.warn(
+            warn(
                 f"An interrupt (Ctrl-C) broke off training in epoch {self.net_.interrupted_} of at "
                 f"most {self.max_epochs}. The model is fitted with the state of the last evidence "
                 f"before it.{further}",
-                UserWarning,
-                stacklevel=5,
             )
             return
         if self.net_.course.capped and joined(self.device_).rank == 0:
             figure = "log evidence" if self.net_.course.evidence.steps else "log joint"
-            warnings.warn(
+            warn(
                 f"The {figure} had not settled when training had to end at max_epochs="
                 f"{self.max_epochs}. Raise max_epochs, or tol ({self.tol} nats per observation) "
                 "if this is good enough.",
                 ConvergenceWarning,
-                stacklevel=5,  # past scikit-learn's wrapper, to the caller of fit
             )
 
     def _takes_map(self) -> bool:

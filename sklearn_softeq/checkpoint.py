@@ -5,11 +5,9 @@ the folder of a fit, and :class:`Checkpoint` writes into it from time to time.
 """
 
 import hashlib
-import inspect
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,13 +19,17 @@ from skorch.callbacks import Callback
 
 from ._version import __version__
 from .batches import TrainingData
+from .descriptions import IndescribableError, described
 from .groups import P1, POINT_GROUPS
+from .layers import PATHWAYS
 from .marginal_likelihood import AdamSolver, Ascent
+from .notices import warn
 from .processes import Processes
-from .records import DamagedError, digest, read, write
+from .records import DamagedError, ForeignError, digest, read, write
 from .schedules import JointStart, LearningRate, Plateau, Start, SymmetricStart
 from .states import State, WeightMean
 from .training import SoftEquivariantNet
+from .validation import check_names
 
 __all__ = [
     "Checkpoint",
@@ -296,8 +298,13 @@ def identity(
     data : TrainingData
     previous : SoftEquivariantNet or None
         What training begins from with ``warm_start``.
+
+    Raises
+    ------
+    ValueError
+        If a parameter cannot be known again in another process; it names it.
     """
-    found = {name: _described(v) for name, v in parameters.items() if name not in OTHER}
+    found = {name: _described(name, v) for name, v in parameters.items() if name not in OTHER}
     return {
         **found,
         **data.digests,
@@ -317,22 +324,22 @@ def _model_digest(net: SoftEquivariantNet) -> str:
     return digest((*states, plain_start(course.start), *figures, *noise))
 
 
-def _described(value: Any) -> str:
+def _described(name: str, value: Any) -> str:
     """A parameter in words that are the same in another process."""
-    match value:
-        case np.generic():
-            return repr(value.item())
-        case np.random.RandomState():
-            return f"a RandomState in the state {digest(_generator_state(value))[:8]}"
-        case dict():
-            entries = sorted((_described(k), _described(v)) for k, v in value.items())
-            return "{" + ", ".join(f"{k}: {v}" for k, v in entries) + "}"
-        case list() | tuple() | np.ndarray():
-            return "(" + ", ".join(_described(item) for item in value) + ")"
-        case None | bool() | int() | float() | str():
-            return repr(value)
-    named = value if inspect.isroutine(value) or inspect.isclass(value) else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
+    if name == "pathways":
+        value = tuple(map(str, check_names(value, PATHWAYS, name)))  # in whatever form
+    if name == "image_shape" and value is not None:
+        value = tuple(map(int, value))
+    if isinstance(value, np.generic):
+        value = value.item()
+    try:
+        return described(value)
+    except IndescribableError as error:
+        raise ValueError(
+            f"With checkpoint_dir a fit has to be known again by its parameters, but {name}="
+            f"{value!r} cannot be told from others in another process: {error}. Give a function, "
+            "or an instance of a class that can be pickled; or set checkpoint_dir=None."
+        ) from error
 
 
 # ── where it is kept
@@ -407,11 +414,9 @@ class Run:
         try:
             self._write(record)
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"A checkpoint could not be written ({error}). Training goes on; if it breaks off, "
                 "the fit will go on from the last one that could be.",
-                UserWarning,
-                stacklevel=2,
             )
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -445,13 +450,23 @@ def open_run(
     Raises
     ------
     ValueError
-        If the folder has another fit in it; it names what differs.
+        If it is no name of a folder, or the folder has another fit in it; it names what differs.
     OSError
-        If nothing can be written there.
+        If nothing can be written there; FileExistsError if a file of something else is in the way.
     """
-    place = Path(folder, digest(identity)[:16]) if is_clone else Path(folder)
+    place = _home(folder)
+    place = place / digest(identity)[:16] if is_clone else place
     record = processes.by_first(lambda: _last_record(place, identity))
     return Run(place, identity, record, processes)
+
+
+def _home(folder: str | os.PathLike) -> Path:
+    if not os.fspath(folder):
+        raise ValueError("checkpoint_dir='' names no folder; give '.' for the working directory.")
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint_dir={folder!r} has no home directory: {error}") from error
 
 
 def _last_record(folder: Path, identity: dict[str, str]) -> dict[str, Any] | None:
@@ -482,11 +497,14 @@ def _records(folder: Path) -> list[dict[str, Any]]:
             found.append(_checked(path, read(path)))
         except (FileNotFoundError, NotADirectoryError):
             continue
+        except ForeignError as error:
+            raise FileExistsError(
+                f"{error} It would be written over: move it away, or give a checkpoint_dir of its "
+                "own."
+            ) from error
         except DamagedError as error:
-            warnings.warn(
+            warn(
                 f"{error} It is left aside; the fit goes on from the one before, if there is any.",
-                UserWarning,
-                stacklevel=2,
             )
     return found
 
@@ -508,11 +526,9 @@ def _tidy(folder: Path) -> None:
 def _compare_threads(then: int) -> None:
     now = torch.get_num_threads()
     if now != then:
-        warnings.warn(
+        warn(
             f"This fit was begun with {then} threads and goes on with {now}, which round "
             "otherwise: its last digits will not be those of a fit that was never broken off.",
-            UserWarning,
-            stacklevel=2,
         )
 
 

@@ -211,9 +211,10 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         Folder in which ``fit`` keeps its state while it trains. After a crash the same call goes on
         from the last state that is complete, and ends as it would have ended; when it is over, the
         same call returns at once. The folder holds one fit: other data or parameters are refused,
-        with what differs. Of a clone, as searches, cross-validation and ensembles make them, each
-        fit has a sub-folder, named after its data and parameters, so that nothing has to be set
-        for them. None: no file is written; ``partial_fit`` never writes any.
+        with what differs; callbacks do not count, a function counts with its code. Of a clone, as
+        searches, cross-validation and ensembles make them, each fit has a sub-folder, named after
+        its data and parameters, so that nothing has to be set for them. "~" is the user's home.
+        None: no file is written; ``partial_fit`` never writes any.
     verbose : int, default=0
         1 prints a line at each evaluation.
 
@@ -437,10 +438,11 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         ------
         ValueError
             For bad data, shapes or parameters, before any training, and if ``checkpoint_dir`` holds
-            another fit; and when the loss becomes infinite or NaN, which leaves the estimator
-            unfitted.
+            another fit, or a parameter cannot be known again in another process; and when the loss
+            becomes infinite or NaN, which leaves the estimator unfitted.
         OSError
-            If nothing can be written to ``checkpoint_dir``, before any training.
+            If nothing can be written to ``checkpoint_dir``, before any training; FileExistsError if
+            there is another program's file where a checkpoint would stand.
         MemoryError
             If memory runs out in training, which leaves the estimator unfitted; it says what to
             lower. What torch raised is its cause.

@@ -1,12 +1,13 @@
 """What is done where memory runs out: fewer rows at a time in prediction, advice in training."""
 
-import warnings
 from collections.abc import Callable
 from functools import wraps
 from traceback import clear_frames
 from typing import Any, TypeVar
 
 import torch
+
+from .notices import warn
 
 __all__ = ["advises_on_memory", "in_fewer_rows", "ran_out"]
 
@@ -56,11 +57,9 @@ def in_fewer_rows(predict: Callable[[int], Found], n_rows: int, tile: int) -> Fo
         # Only here: as long as the error is handled it holds what had been allocated.
         rows = max(rows // 2 // tile, 1) * tile
     if rows < n_rows:
-        warnings.warn(
+        warn(
             f"There was not enough memory to predict {n_rows} rows at a time, so it was done with "
             f"{rows}. Last digits can differ from those of predictions by {n_rows} rows.",
-            UserWarning,
-            stacklevel=2,
         )
     return found
 

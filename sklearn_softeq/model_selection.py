@@ -2,8 +2,12 @@
 
 from typing import Any
 
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
+
+from .base import SoftEquivariantBase
 
 __all__ = ["marginal_likelihood_score"]
 
@@ -19,8 +23,9 @@ def marginal_likelihood_score(estimator: Any, X: Any = None, y: Any = None) -> f
 
     Parameters
     ----------
-    estimator : SoftEquivariantClassifier, SoftEquivariantRegressor or Pipeline
-        A fitted one; of a pipeline the last step counts.
+    estimator : SoftEquivariantClassifier or SoftEquivariantRegressor
+        A fitted one; or a Pipeline, whose last step counts, a search such as GridSearchCV, whose
+        best estimator does, or a TransformedTargetRegressor with one within.
     X, y : ignored
         What scikit-learn passes to a scorer.
 
@@ -32,7 +37,9 @@ def marginal_likelihood_score(estimator: Any, X: Any = None, y: Any = None) -> f
     Raises
     ------
     NotFittedError
-        If it is not fitted.
+        If it is not fitted, or a search has kept no best estimator (``refit=False``).
+    TypeError
+        If it is something else.
 
     Examples
     --------
@@ -51,6 +58,27 @@ def marginal_likelihood_score(estimator: Any, X: Any = None, y: Any = None) -> f
     >>> search.fit(X, y).best_params_  # doctest: +SKIP
     {'pathways': ('conv', 'factored_fc')}
     """
-    last = estimator[-1] if isinstance(estimator, Pipeline) else estimator
-    check_is_fitted(last)
-    return last.log_marginal_likelihood_value_ / last.n_observations_
+    inner = _within(estimator)
+    if not isinstance(inner, SoftEquivariantBase):
+        found = type(inner).__name__
+        raise TypeError(
+            "marginal_likelihood_score takes a SoftEquivariantClassifier or a "
+            "SoftEquivariantRegressor, or a Pipeline, a search or a TransformedTargetRegressor "
+            f"with one within, but not a {found}, which has no evidence."
+        )
+    check_is_fitted(inner)
+    return inner.log_marginal_likelihood_value_ / inner.n_observations_
+
+
+def _within(estimator: Any) -> Any:
+    """What is trained in the end."""
+    match estimator:
+        case Pipeline():
+            return _within(estimator[-1])
+        case BaseSearchCV():
+            check_is_fitted(estimator, "best_estimator_")
+            return _within(estimator.best_estimator_)
+        case TransformedTargetRegressor():
+            check_is_fitted(estimator, "regressor_")
+            return _within(estimator.regressor_)
+    return estimator

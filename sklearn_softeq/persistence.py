@@ -4,8 +4,7 @@ So a fitted estimator can be saved by whatever saves arrays, is no larger than i
 kilobytes, and holds no class of skorch's or torch's that a loader would have to trust.
 """
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -16,10 +15,11 @@ from ._version import __version__
 from .assembly import Assembly, Seeds
 from .batches import TrainingData
 from .checkpoint import columns, plain_start, rows, start_from
+from .notices import warn
 from .schedules import LearningRate
 from .training import SoftEquivariantNet
 
-__all__ = ["check_version", "packed", "unpacked"]
+__all__ = ["check_settings", "check_version", "packed", "unpacked"]
 
 
 def packed(net: SoftEquivariantNet) -> dict[str, Any]:
@@ -111,11 +111,36 @@ def check_version(found: str, name: str) -> None:
         With both versions.
     """
     if found != __version__:
-        warnings.warn(
+        warn(
             f"This {name} was saved by sklearn_softeq {found} and is loaded by {__version__}. "
-            "Predictions may differ; fit it again, or load it with the version that saved it.",
-            UserWarning,
-            stacklevel=4,
+            "Predictions may differ; fit it again, or load it with the version that saved it."
+        )
+
+
+def check_settings(settings: Mapping[str, Any], known: Iterable[str], found: str) -> None:
+    """Refuse a model that was trained with parameters that this version does not know.
+
+    Parameters
+    ----------
+    settings : mapping
+        The parameters that it was trained with.
+    known : iterable of str
+        Names of those that there are.
+    found : str
+        The version that saved it.
+
+    Raises
+    ------
+    ValueError
+        With both versions and the names.
+    """
+    # To leave them out, with a warning, would let a model load that predicts something else: what
+    # a new parameter does to a network is not known here.
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(
+            f"This model was trained by sklearn_softeq {found} with parameters that {__version__} "
+            f"does not know: {', '.join(unknown)}. Load it with the version that saved it, or a "
+            "later one."
         )
 
 

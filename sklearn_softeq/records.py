@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-__all__ = ["DamagedError", "digest", "read", "write"]
+__all__ = ["DamagedError", "ForeignError", "digest", "read", "write"]
 
 _MAGIC = b"sklearn_softeq record 1\n"
 _DIGEST, _LENGTH = 64, 8  # bytes: SHA-256 in hexadecimal digits; the length of the JSON
@@ -31,7 +31,11 @@ _DTYPES = {
 
 
 class DamagedError(ValueError):
-    """A file is not what was written, or no such file at all."""
+    """A file is not what was written."""
+
+
+class ForeignError(ValueError):
+    """A file has been written by something else."""
 
 
 def digest(tree: Any) -> str:
@@ -68,14 +72,16 @@ def read(path: Path) -> Any:
     Raises
     ------
     DamagedError
-        If the file is torn, has been changed or is another one.
+        If the file is torn or has been changed.
+    ForeignError
+        If it has never been one of these.
     OSError
         If it cannot be read.
     """
     content = memoryview(path.read_bytes())
     begin = len(_MAGIC) + _DIGEST
-    if content[: len(_MAGIC)] != _MAGIC:
-        raise DamagedError(f"{path} is no record of sklearn_softeq.")
+    if content[: len(_MAGIC)] != _MAGIC and not _torn(content):
+        raise ForeignError(f"{path} is no record of sklearn_softeq.")
     body = content[begin:]
     if _digest([body]).encode() != content[len(_MAGIC) : begin]:
         raise DamagedError(f"{path} is not complete, or has been changed.")
@@ -85,6 +91,16 @@ def read(path: Path) -> Any:
         return _Decoder(body[_LENGTH + length :])(plain)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, RuntimeError) as error:
         raise DamagedError(f"{path} has no record that can be read: {error}") from error
+
+
+def _torn(content: memoryview) -> bool:
+    """Whether content that does not begin as a record does can be what is left of one.
+
+    A file that breaks off holds a beginning of it, and zeros where nothing has reached the disk.
+    """
+    return _MAGIC.startswith(bytes(content[: len(_MAGIC)]).rstrip(b"\0")) and not any(
+        content[len(_MAGIC) :]
+    )
 
 
 def _digest(parts: Iterable[Any]) -> str:

@@ -313,10 +313,11 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         ------
         ValueError
             For bad data, shapes or parameters, before any training, and if ``checkpoint_dir`` holds
-            another fit; and when the loss becomes infinite or NaN, which leaves the estimator
-            unfitted.
+            another fit, or a parameter cannot be known again in another process; and when the loss
+            becomes infinite or NaN, which leaves the estimator unfitted.
         OSError
-            If nothing can be written to ``checkpoint_dir``, before any training.
+            If nothing can be written to ``checkpoint_dir``, before any training; FileExistsError if
+            there is another program's file where a checkpoint would stand.
         MemoryError, KeyboardInterrupt
             As of :meth:`SoftEquivariantClassifier.fit`.
 

@@ -5,7 +5,6 @@ images too; the shape of the images is kept beside them.
 """
 
 import hashlib
-import warnings
 from collections.abc import Collection, Iterable, Sequence, Set
 from numbers import Integral
 from typing import Any
@@ -26,6 +25,7 @@ from skorch.callbacks import (
 )
 
 from .devices import own_device
+from .notices import warn
 
 __all__ = [
     "check_callbacks",
@@ -478,10 +478,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
             f"device={device!r} is not supported; use 'auto', 'cpu', 'cuda' or 'cuda:N'."
         )
     if resolved.type == "cuda" and (resolved.index or 0) >= n_cuda:
-        warnings.warn(
+        warn(
             f"device={device!r} was asked for, but this machine has {n_cuda} CUDA devices; "
             "the CPU is used.",
-            stacklevel=2,
         )
         return torch.device("cpu")
     return own_device(resolved)

@@ -17,12 +17,15 @@ PACKAGE = "sklearn_softeq"
 ORDER = (
     "_version",
     # ground
+    "notices",
     "docstrings",
     "devices",
     "processes",
     "memory",
     "twins",
     "records",
+    "blobs",
+    "descriptions",
     "groups",
     "anchors",
     "kronecker",

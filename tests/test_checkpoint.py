@@ -1,16 +1,20 @@
 """Fits that were broken off go on from the disk, and end as they would have ended."""
 
+import contextlib
 import math
+import os
 import pickle
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
-from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -112,7 +116,7 @@ def assert_same(found, expected, X):
     np.testing.assert_array_equal(found._compared(X), expected._compared(X))
 
 
-@contextmanager
+@contextlib.contextmanager
 def breaking(monkeypatch, owner, name, function, error=BrokenError):
     """A part of the code ends what is done within, as a crash would."""
     with monkeypatch.context() as patch:
@@ -408,7 +412,7 @@ def test_the_walk_reaches_what_matters(kind, paths, data):
 # ── damaged files
 
 
-@pytest.mark.parametrize("damage", ["torn", "changed", "empty", "foreign"])
+@pytest.mark.parametrize("damage", ["torn", "in the magic", "changed", "empty", "zeros"])
 def test_a_damaged_file_is_left_aside(damage, data, tmp_path):
     expected = SoftEquivariantClassifier(**SHORT).fit(*data)
     clf = SoftEquivariantClassifier(**SHORT, checkpoint_dir=tmp_path)
@@ -418,9 +422,10 @@ def test_a_damaged_file_is_left_aside(damage, data, tmp_path):
     last.write_bytes(
         {
             "torn": content[: len(content) // 2],
+            "in the magic": content[:9],
             "changed": content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
             "empty": b"",
-            "foreign": pickle.dumps({}),
+            "zeros": bytes(len(content)),
         }[damage]
     )
     begun = []
@@ -454,11 +459,24 @@ def test_no_code_in_a_checkpoint_is_run(data, tmp_path):
         def __reduce__(self):
             return open, (str(done), "w")
 
-    for name in FILES:
-        torch.save(Payload(), tmp_path / name)
-    with pytest.warns(UserWarning, match="left aside"):
+    torch.save(Payload(), tmp_path / FILES[0])
+    with pytest.raises(FileExistsError):
         SoftEquivariantClassifier(**SHORT, checkpoint_dir=tmp_path).fit(*data)
     assert not done.exists()
+
+
+@pytest.mark.parametrize("content", [b"notes", pickle.dumps({}), bytes(9) + b"1", b"\n"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_file_of_something_else_is_left_alone(content, begun, data, tmp_path):
+    clf = SoftEquivariantClassifier(**SHORT, checkpoint_dir=tmp_path)
+    if begun:
+        broken_off(clf, data, 3)
+    (tmp_path / FILES[0]).write_bytes(content)
+    before = dict(vars(clf))
+    with pytest.raises(FileExistsError, match=f"{FILES[0]} is no record .* move it away"):
+        clf.fit(*data)
+    assert vars(clf) == before
+    assert (tmp_path / FILES[0]).read_bytes() == content
 
 
 def test_what_was_left_half_written_goes_after_a_while(data, tmp_path, monkeypatch):
@@ -547,6 +565,7 @@ def test_other_parameters_are_refused(changes, said, data, tmp_path):
         {"callbacks": []},
         {"width": np.int64(2)},
         {"pathways": ["conv", "factored_fc"]},
+        {"pathways": np.array(["conv", "factored_fc"])},
         {"warm_start": True},
         {"device": "cpu"},
     ],
@@ -556,6 +575,57 @@ def test_what_makes_no_difference_is_let_pass(changes, data, tmp_path, capsys):
     broken_off(clf, data, 3)
     clf.set_params(**changes).fit(*data)
     assert ("goes on after epoch 3" in capsys.readouterr().out) == ("verbose" in changes)
+
+
+def test_one_pathway_and_image_shapes_in_any_form(data, tmp_path):
+    clf = SoftEquivariantClassifier(**SHORT, checkpoint_dir=tmp_path)
+    broken_off(clf.set_params(pathways="conv", image_shape=(1, 4, 4)), data, 3)
+    broken_off(clf.set_params(pathways=["conv"], image_shape=[1, 4, 4]), data, 5)
+    clf.set_params(pathways=("conv",), image_shape=np.array([1, 4, 4])).fit(*data)
+
+
+def shift(batch, k):
+    return batch.roll(k, -1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (partial(shift, k=1), partial(shift, k=3)),
+        (lambda batch: batch, lambda batch: batch.flip(-1)),
+        (torch.nn.Dropout(0.1), torch.nn.Dropout(0.2)),
+    ],
+)
+def test_another_callable_is_refused(one, other, data, tmp_path):
+    clf = SoftEquivariantClassifier(**SHORT, augment=one, checkpoint_dir=tmp_path)
+    broken_off(clf, data, 3)
+    with pytest.raises(ValueError, match="augment was .* and is .*. Call"):
+        clf.set_params(augment=other).fit(*data)
+    clf.set_params(augment=one).fit(*data)
+    with pytest.raises(ValueError, match="augment was .* and is .*. Call"):
+        clf.set_params(augment=other).fit(*data)
+
+
+class Locked:
+    """An augmentation that no other process can know again."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __call__(self, batch):
+        with self.lock:
+            return batch
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_parameter_that_cannot_be_known_again_is_refused(data, tmp_path):
+    clf = SoftEquivariantClassifier(**SHORT, augment=Locked(), checkpoint_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match="augment=.*Locked.* of _thread.lock nothing can be kept"):
+        clf.fit(*data)
+    assert not list(tmp_path.iterdir())
+    clf.set_params(checkpoint_dir=None).fit(*data)  # nothing has to be known again
 
 
 @pytest.mark.parametrize("of", ["sklearn_softeq", "torch"])
@@ -603,6 +673,21 @@ def test_in_a_search_each_fit_has_its_own_folder(data, tmp_path, monkeypatch):
         again.cv_results_["mean_test_score"], search.cv_results_["mean_test_score"]
     )
     assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_search_over_functions_tells_them_apart(n_jobs, data, tmp_path):
+    clf = SoftEquivariantClassifier(**{**SHORT, "max_epochs": 4})
+    grid = {"augment": [lambda batch: batch, lambda batch: batch * 0, partial(shift, k=1)]}
+    options = {"cv": 2, "scoring": "neg_log_loss"}
+    expected = GridSearchCV(clf, grid, **options).fit(*data)
+    clf.set_params(checkpoint_dir=tmp_path)
+    search = GridSearchCV(clf, grid, **options, n_jobs=n_jobs).fit(*data)
+    scores = search.cv_results_["mean_test_score"]
+    np.testing.assert_array_equal(scores, expected.cv_results_["mean_test_score"])
+    assert len(set(scores)) == 3
+    # Two folds of three, and the best; here the functions are those of the other processes.
+    assert len(list(tmp_path.iterdir())) == 7
 
 
 def test_a_search_that_was_broken_off_goes_on(data, tmp_path):
@@ -662,6 +747,25 @@ def test_a_folder_that_cannot_be_written_to(data, tmp_path, monkeypatch):
 def test_checkpoint_dir_is_a_path(folder, data):
     with pytest.raises(ValueError, match="checkpoint_dir"):
         SoftEquivariantClassifier(**SHORT, checkpoint_dir=folder).fit(*data)
+
+
+def test_the_home_of_the_user(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    clf = SoftEquivariantClassifier(**SHORT, checkpoint_dir="~/x")
+    broken_off(clf, data, 1)
+    assert (tmp_path / "home" / "x" / FILES[0]).exists()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("folder", ["", "~nobody of that name/x"])
+def test_what_names_no_folder_is_refused(folder, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clf = SoftEquivariantClassifier(**SHORT, checkpoint_dir=folder)
+    with pytest.raises(ValueError, match="checkpoint_dir='"):
+        clf.fit(*data)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_ends_no_training(data, tmp_path, monkeypatch):
@@ -789,26 +893,29 @@ FIT = """
     import numpy as np
     import torch
 
-    from sklearn_softeq import SoftEquivariantClassifier, checkpoint
+    import sklearn_softeq
+    from sklearn_softeq import checkpoint
 
     torch.set_num_threads(1)
     checkpoint.SHARE = float(sys.argv[3])
-    settings, X, y = pickle.loads(open(sys.argv[1], "rb").read())
+    name, settings, X, y = pickle.loads(open(sys.argv[1], "rb").read())
     warnings.simplefilter("ignore")
     print("ready", flush=True)
-    clf = SoftEquivariantClassifier(**settings).fit(X, y)
+    clf = getattr(sklearn_softeq, name)(**settings).fit(X, y)
     found = {name: value for name, value in vars(clf).items() if name.endswith("_")}
     del found["net_"], found["device_"]
-    found["probabilities"] = clf.predict_proba(X)
+    found.pop("posterior_", None)
+    found["predictions"] = clf._compared(X)
     found["weights"] = {name: w.detach().numpy() for name, w in clf.module_.named_parameters()}
     with open(sys.argv[2], "wb") as file:
         pickle.dump(found, file)
 """
 
 
-def begin(folder, data, share=math.inf, **settings):
+def begin(folder, data, share=math.inf, estimator=SoftEquivariantClassifier, **settings):
     """A process that is about to fit, and the file for what it finds."""
-    for name, content in (("fit.py", textwrap.dedent(FIT)), ("data", (settings, *data))):
+    given = (estimator.__name__, settings, *data)
+    for name, content in (("fit.py", textwrap.dedent(FIT)), ("data", given)):
         written = content.encode() if isinstance(content, str) else pickle.dumps(content)
         (folder / name).write_bytes(written)
     arguments = [folder / "fit.py", folder / "data", folder / "found", share]
@@ -825,6 +932,73 @@ def finished(process, path):
     return pickle.loads(path.read_bytes())
 
 
+RESTART = """
+    import contextlib, functools, sys
+
+    import numpy as np
+    from sklearn_softeq import SoftEquivariantClassifier, checkpoint
+    from skorch.callbacks import Callback
+
+    checkpoint.SHARE = float("inf")
+
+    class Stop(Callback):
+        def on_epoch_begin(self, net, **kwargs):
+            print(len(net.history), end=" ")
+            if len(net.history) == int(sys.argv[2]):
+                raise OSError
+
+    def flip(batch, k=None):
+        return batch.flip(-1) if k in {1, 2, "a", "b"} else batch
+
+    class Flip:
+        kinds = ("a", "b")
+
+        def __init__(self, kinds):
+            self.kinds = kinds
+
+        def __call__(self, batch):
+            return flip(batch, "a") if "a" in self.kinds else batch
+
+    X, y = np.arange(320.0).reshape(20, 16) % 7, np.arange(20) % 2
+    augment = [lambda batch: flip(batch, 1), functools.partial(flip, k="b"), Flip({"a", "c", "d"})]
+    for i, function in enumerate(augment):
+        clf = SoftEquivariantClassifier(
+            width=1, max_epochs=4, burn_in=1, evidence_every=1, random_state=0,
+            callbacks=[Stop()], augment=function, checkpoint_dir=f"{sys.argv[1]}/{i}",
+        )
+        with contextlib.suppress(OSError):
+            clf.fit(X, y)
+        print()
+"""
+
+
+def test_code_of_a_script_is_known_again_after_a_restart(tmp_path):
+    script = tmp_path / "fit.py"
+    script.write_text(textwrap.dedent(RESTART))
+    for seed, stop, epochs in (("1", "2", "1 2"), ("2", "-1", "2 3 4")):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", script, tmp_path / "run", stop],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        assert [line.strip() for line in done.stdout.splitlines()] == [epochs] * 3
+
+
+def last_number(folder):
+    """Of the records on disk; -1 if there is none yet."""
+    # The random numbers of trials that are not over are on disk, or nothing is yet.
+    numbers = [read(folder / name)["number"] for name in FILES if (folder / name).exists()]
+    return max(numbers, default=-1)
+
+
+def kill(process):
+    process.kill()  # SIGKILL
+    process.wait()
+    process.stdout.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, math.inf])
 def test_killed_at_any_moment(share, data, tmp_path):
@@ -839,14 +1013,29 @@ def test_killed_at_any_moment(share, data, tmp_path):
         try:
             process.wait(timeout=chance.uniform(0.0, seconds))
         except subprocess.TimeoutExpired:
-            process.kill()  # SIGKILL
-            process.wait()
-            process.stdout.close()
-            # The random numbers of trials that are not over are on disk, or nothing is yet.
-            numbers = [read(folder / name)["number"] for name in FILES if (folder / name).exists()]
-            reached.append(max(numbers, default=-1))
+            kill(process)
+            reached.append(last_number(folder))
         else:
             np.testing.assert_equal(finished(process, path), expected)
             shutil.rmtree(folder)  # once more from the beginning
     assert len(set(reached)) > 1  # not always at the same place
     np.testing.assert_equal(finished(*begin(tmp_path, data, share, **settings)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("estimator", "options"),
+    [(SoftEquivariantRegressor, REGRESSOR), (SoftEquivariantClassifier, KINDS["posterior"])],
+)
+def test_other_fits_killed_on_the_way(estimator, options, data, tmp_path):
+    given = (tmp_path, data, math.inf, estimator)
+    settings = {**SHORT, **options, "max_epochs": 40}
+    expected = finished(*begin(*given, **settings))
+    settings["checkpoint_dir"] = folder = tmp_path / "run"
+    for number in (0, 9, 22):
+        process, _ = begin(*given, **settings)
+        while last_number(folder) < number and process.poll() is None:
+            time.sleep(0.002)
+        kill(process)
+        assert process.returncode == -signal.SIGKILL
+    np.testing.assert_equal(finished(*begin(*given, **settings)), expected)

@@ -2,14 +2,20 @@
 
 import numpy as np
 import pytest
+from sklearn.compose import TransformedTargetRegressor
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV, StratifiedShuffleSplit
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from sklearn_softeq import SoftEquivariantClassifier, marginal_likelihood_score
+from sklearn_softeq import (
+    SoftEquivariantClassifier,
+    SoftEquivariantRegressor,
+    marginal_likelihood_score,
+)
 
 SHORT = {"max_epochs": 8, "width": 2, "burn_in": 2, "evidence_every": 2, "random_state": 0}
 
@@ -35,6 +41,44 @@ def test_what_is_not_fitted_has_no_score():
         marginal_likelihood_score(SoftEquivariantClassifier())
     with pytest.raises(NotFittedError):
         marginal_likelihood_score(make_pipeline(FunctionTransformer(), SoftEquivariantClassifier()))
+
+
+def test_what_stands_around_an_estimator_is_looked_into(digits):
+    X, y = digits
+    clf = SoftEquivariantClassifier(**SHORT)
+    model = make_pipeline(FunctionTransformer(), clf)
+    for search in (GridSearchCV(model, {}, cv=2), HalvingGridSearchCV(model, {}, cv=2)):
+        outer = make_pipeline(FunctionTransformer(), search).fit(X, y)
+        expected = marginal_likelihood_score(search.best_estimator_[-1])
+        assert marginal_likelihood_score(outer) == marginal_likelihood_score(search) == expected
+    reg = TransformedTargetRegressor(SoftEquivariantRegressor(**SHORT), func=abs, inverse_func=abs)
+    reg.fit(X, y)
+    assert marginal_likelihood_score(reg) == marginal_likelihood_score(reg.regressor_)
+
+
+def test_what_is_kept_by_no_search_or_not_fitted_within_has_no_score(digits):
+    search = GridSearchCV(SoftEquivariantClassifier(**SHORT), {}, cv=2, refit=False)
+    for model in (search, TransformedTargetRegressor(SoftEquivariantRegressor())):
+        with pytest.raises(NotFittedError):
+            marginal_likelihood_score(model)
+    with pytest.raises(NotFittedError):
+        marginal_likelihood_score(search.fit(*digits))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (LogisticRegression(), "LogisticRegression"),
+        (make_pipeline(FunctionTransformer(), LogisticRegression()), "LogisticRegression"),
+        (make_pipeline(FunctionTransformer(), "passthrough"), "str"),
+        (None, "NoneType"),
+        (SoftEquivariantClassifier, "type"),
+    ],
+)
+def test_anything_else_is_a_type_error(model, name):
+    said = f"SoftEquivariantRegressor, or a Pipeline.*not a {name}, which"
+    with pytest.raises(TypeError, match=said):
+        marginal_likelihood_score(model)
 
 
 def test_a_search_by_the_evidence_takes_the_best_one(digits):

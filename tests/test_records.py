@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sklearn_softeq import records
-from sklearn_softeq.records import DamagedError, digest, read, write
+from sklearn_softeq.records import DamagedError, ForeignError, digest, read, write
 
 TREE = {
     "plain": [None, True, 3, 0.1, "é", -float("inf"), 2**80],
@@ -117,10 +117,22 @@ def test_a_file_is_the_old_one_until_the_new_one_is_complete(step, path, monkeyp
 def test_a_torn_file_is_not_read(path):
     write(path, TREE)
     whole = path.read_bytes()
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
+    torn = [whole[:length] for length in range(len(whole))]
+    torn += [part.ljust(len(whole), b"\0") for part in torn[:40]]
+    for content in torn:
+        path.write_bytes(content)
         with pytest.raises(DamagedError):
             read(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"notes", bytes(40) + b"1", b"\n", records._MAGIC.replace(b"1", b"2"), b"sklearn\0\0notes"],
+)
+def test_a_file_of_something_else_is_told_from_a_torn_one(content, path):
+    path.write_bytes(content)
+    with pytest.raises(ForeignError, match="no record"):
+        read(path)
 
 
 def test_a_file_with_a_changed_bit_is_not_read(path):
@@ -128,7 +140,7 @@ def test_a_file_with_a_changed_bit_is_not_read(path):
     whole = path.read_bytes()
     for i in range(len(whole)):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1 :])
-        with pytest.raises(DamagedError):
+        with pytest.raises(DamagedError if i >= len(records._MAGIC) else ForeignError):
             read(path)
 
 
@@ -151,7 +163,7 @@ def test_code_in_a_file_is_not_run(save, hidden, path):
     content = path.read_bytes()
     if hidden:  # behind a right digest
         path.write_bytes(with_digest(len(content).to_bytes(8, "little") + content))
-    with pytest.raises(DamagedError):
+    with pytest.raises(DamagedError if hidden else ForeignError):
         read(path)
     assert not done.exists()
     pickle.loads(pickle.dumps(Payload(done)))  # else it would prove nothing
