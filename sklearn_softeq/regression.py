@@ -1,6 +1,5 @@
 """The regressor: parameters, what it makes of numbers, and predictions with their deviations."""
 
-import math
 from numbers import Real
 from typing import ClassVar
 
@@ -25,10 +24,10 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
     """A network from images to numbers that learns which symmetry each of its layers should keep.
 
     Layers, priors and evidence are those of :class:`SoftEquivariantClassifier`. The likelihood is
-    Gaussian: one or more numbers of each image, each with independent noise, whose size is learned
-    with the precisions by the evidence. Within, each output has the mean 0 and the deviation 1
-    that its targets have in the training data, as priors of unit size presume, and all outputs
-    have one noise in these units. What is reported is in the units of the targets.
+    Gaussian: one or more numbers of each image, each with independent noise of its own, whose size
+    is learned with the precisions by the evidence. Within, each output has the mean 0 and the
+    deviation 1 that its targets have in the training data, as priors of unit size presume. What is
+    reported is in the units of the targets.
 
     Parameters
     ----------
@@ -60,12 +59,15 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         their sum divided by the root of their number (the paper, which takes the mean).
     {prior_precision}
     noise : "learned" or float, default="learned"
-        Standard deviation of the noise. "learned": it ascends the evidence with the precisions,
-        by σ² = (Σ (y − f)² + γ σ²) / N K, the mean square that the posterior of the weights
-        expects (MacKay's fixed point, in steps that cannot overshoot); it begins at the deviation
-        of the targets, or, after trials, at the error on the rows held out of them. A number, in
-        units of the targets: it stays; the outputs are taken to have one unit then, and are
-        divided by one scale.
+        Standard deviation of the noise. "learned": that of each output ascends the evidence with
+        the precisions, by σ² = (Σ (y − f)² + γ σ²) / N with γ the effective dimensions that this
+        output determines, the mean square that the posterior of the weights expects (MacKay's
+        fixed point, in steps that cannot overshoot); it begins at the deviation of the targets,
+        or, after trials, at the error on the rows held out of them. γ is exact under the
+        approximation of the curvature, but for large factors, of which each output has its part
+        by the traces, and for random columns, with which parts are estimated from a few rows. A
+        number, in units of the targets: it stays, for all outputs; they are taken to have one
+        unit then, and are divided by one scale.
     {burn_in}
     {evidence_every}
     {hyper_solver}
@@ -370,7 +372,7 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
     def _likelihood(self) -> Gaussian:
         log_units = -np.log(self.target_scale_).sum().item()
         if self.noise == "learned":
-            return Gaussian(1.0, True, log_units)
+            return Gaussian((1.0,) * self._n_outputs, True, log_units)
         return Gaussian((self.noise / self.target_scale_[0].item()) ** 2, False, log_units)
 
     def _encoded(self, y, present, known):
@@ -393,7 +395,9 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
 
     def _record(self, net, data, outcome):
         super()._record(net, data, outcome)
-        self.noise_std_ = math.sqrt(net.criterion_.noise_variance) * self.target_scale_
+        noises = [row["noise"] * self.target_scale_ for row in net.history if "noise" in row]
+        self.history_["noise"] = np.reshape(noises, (-1, self._n_outputs))
+        self.noise_std_ = np.array(net.criterion_.deviations) * self.target_scale_
 
     def _compared(self, X):
         return self._map_outputs(X).numpy()

@@ -172,6 +172,36 @@ def test_noise_is_found():
     assert reg.score(X, y) > 0.9
 
 
+def test_each_output_has_its_own_noise():
+    rng = np.random.default_rng(0)
+    X, new = rng.normal(size=(200, 4, 4)), rng.normal(size=(500, 4, 4))
+    truth, expected = (4 * images.mean((1, 2)) for images in (X, new))
+    y = np.stack([truth, truth + rng.normal(size=200)], 1)
+    settings = {"pathways": "conv", "max_epochs": 60, "random_state": 0}
+    reg = SoftEquivariantRegressor(**settings).fit(X, y)
+    # One noise for both was .53, .74, and the errors .13, .28.
+    assert reg.noise_std_[0] < 0.02
+    assert reg.noise_std_[1] == pytest.approx(1.0, rel=0.15)
+    errors = np.sqrt(np.mean((reg.predict(new) - expected[:, None]) ** 2, axis=0))
+    assert errors[0] < 0.02
+    assert errors[1] < 0.2
+    assert reg.history_["noise"].shape == (len(reg.scores_), 2)
+    # What was found by the last of them; the cool-down's end moves it once more.
+    np.testing.assert_allclose(reg.history_["noise"][-1], reg.noise_std_, rtol=0.3)
+
+
+def test_a_noise_for_each_output_by_random_columns():
+    # Parts of the outputs come from other rows then.
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(300, 1, 2, 2))
+    truth = X.sum((1, 2, 3))[:, None]
+    y = truth + rng.normal(size=(300, 2)) * [0.1, 1.0]
+    settings = {"pathways": "fc", "width": 2, "max_epochs": 30, "random_state": 0}
+    for curvature in ("exact", "rademacher"):
+        reg = SoftEquivariantRegressor(**settings, hyper_warmup=5, curvature=curvature).fit(X, y)
+        np.testing.assert_allclose(reg.noise_std_, [0.1, 1.0], rtol=0.15)
+
+
 def test_a_noise_that_is_given_is_in_units_of_the_targets(data):
     X, y = data
     y = y * [1.0, 30.0]
@@ -484,14 +514,17 @@ def test_training_begins_with_the_error_on_rows_held_out(data, monkeypatch):
     def look(build, groups, rate, kept, held, doublings):
         found = trials.best_symmetry(build, groups, rate, kept, held, doublings)
         score = found[2][found[0].name if found[0] else "joint"]
-        mean_square = math.exp(2 * (found[1].criterion_.log_units - score) / 2 - 1) / 2 / math.pi
-        noises.extend((mean_square, found[1].criterion_.noise_variance))
+        criterion = found[1].criterion_
+        # The score is that of the error of each output.
+        mean_square = math.exp(2 * (criterion.log_units - score) / 2 - 1) / 2 / math.pi
+        noises.extend((mean_square, math.prod(criterion.deviations), criterion.noise_variance))
         return found
 
     monkeypatch.setattr("sklearn_softeq.assembly.best_symmetry", look)
     SoftEquivariantRegressor(**{**FAST, "max_epochs": 1}, callbacks=[Begin()]).fit(*data)
     assert noises[0] == pytest.approx(noises[1])
-    assert Begin.noise == noises[1]
+    assert Begin.noise == noises[2]
+    assert len(set(noises[2])) == 2
 
 
 # ── tasks
