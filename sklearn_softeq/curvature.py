@@ -12,8 +12,8 @@ Where a map is given at anchors, A or Γ depends on a hyperparameter ω of the i
 activations and gradients held fixed its derivative is Σ ∂t tᵀ + t ∂tᵀ over the tokens t; that of
 the log likelihood, in which everything follows, is Σ g · ∂out with g for the labels of the data.
 
-Where outputs have noises of their own, Γ = Σ_k Γ_k with Γ_k what output k adds, in proportion to its
-1/σ²_k. Those parts are kept if they are asked for, or their traces alone where they are large.
+Where outputs have noises of their own, Γ = Σ_k Γ_k with Γ_k what output k adds, in proportion to
+its 1/σ²_k. These parts are kept if they are asked for, or their traces alone where they are large.
 
 Gradients of weights are never formed; hooks live inside one call and hang on no layer after it.
 """
@@ -337,9 +337,7 @@ class _Moments:
         Parts of the sum that are kept apart, each as a matrix, or by its trace if it is large.
     """
 
-    def __init__(
-        self, n_blocks: int, size: int, like: torch.Tensor, root: bool, n_parts: int = 1
-    ):
+    def __init__(self, n_blocks: int, size: int, like: torch.Tensor, root: bool, n_parts: int = 1):
         self.n_blocks, self.size, self.like, self.may_be_root = n_blocks, size, like, root
         self.rows: list[torch.Tensor] = []  # (B, r, d) each
         self.n_rows = 0

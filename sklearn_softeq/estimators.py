@@ -227,7 +227,9 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
     image_shape_ : tuple (C, H, W)
         Shape of one image.
     channel_mean_, channel_scale_ : ndarray of shape (C,)
-        What ``standardize`` subtracts and divides by; 0 and 1 without it.
+        What ``standardize`` subtracts and divides by: mean and standard deviation, 1 where a
+        channel is constant, or the size of its mean in a first chunk of ``partial_fit``. 0 and 1
+        without it.
     net_ : SoftEquivariantNet
         The fitted skorch net.
     module_ : SoftEquivariantNetwork
@@ -492,6 +494,11 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
             label.
         MemoryError
             As in ``fit``.
+
+        Warns
+        -----
+        UserWarning
+            If a channel of the images does not vary in the first chunk.
         """
         known = self.classes_ if self.__sklearn_is_fitted__() else None
         classes = check_classes(classes, known)
@@ -506,14 +513,14 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
     def _likelihood(self) -> Categorical:
         return Categorical()
 
-    def _encoded(self, y, present, classes):
+    def _encoded(self, y, present, classes, first):
         classes = np.unique(y) if classes is None else classes
         return encode(y, classes), classes
 
     def _weights(self, sample_weight, X, y, classes):
         return check_weights(sample_weight, X, y, classes, self.class_weight)
 
-    def _targets(self, classes, codes, weights, first):
+    def _targets(self, classes, codes, weights, first, more):
         self.classes_ = classes
         return codes
 

@@ -358,9 +358,7 @@ class Gaussian:
             found.append(max(rest * variance, 0.0))
         return tuple(found) if len(self.variances) > 1 else (sum(found),)
 
-    def at_best_noise(
-        self, log_likelihoods: Sequence[float], n_observations: float
-    ) -> "Gaussian":
+    def at_best_noise(self, log_likelihoods: Sequence[float], n_observations: float) -> "Gaussian":
         """The same with the noise that is best for the same residuals, their mean square.
 
         No smaller than :data:`LEAST_VARIANCE`.

@@ -7,12 +7,11 @@ in closed form, ∂ log q / ∂ log δ_g = ½ (γ_g − δ_g ‖w*_g‖²). A le
 likelihood: there each evidence gives a gradient for one step.
 
 The precisions β_k = 1/σ²_k of Gaussian noises that are learned, one for each output, are as many
-precisions more, the last of the vector of logarithms. The curvature is H = Σ_k β_k G_k, so that all β
-alike in another size come to the same in λμ/δ as other δ. Where they change unlike each other each
-eigenvalue changes by what each output has of it, which is its change to first order: steps are few,
-and after them the curvature is found anew. The figures are exact at the β at which it was found, at
-all in proportion to them, and in a layer that gives the outputs, where the G_k have eigenvectors in
-common.
+precisions more, the last of the vector of logarithms. The curvature is H = Σ_k β_k G_k: where all β
+rise alike that comes to the same in λμ/δ as other δ. Where they do not, each eigenvalue follows
+what each output has of it, which is right to first order: steps are few, and after them the
+curvature is found anew. All figures are exact at the β at which it was found, at those in
+proportion to them, and in a linear model, where the G_k have eigenvectors in common.
 """
 
 import math

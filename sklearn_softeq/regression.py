@@ -133,7 +133,8 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
     {channel_mean_}
     target_mean_, target_scale_ : ndarray of shape (K,)
         What targets are centred by and divided by, within: mean and standard deviation, 1 where an
-        output is constant. With a fixed ``noise`` the scale is one for all.
+        output is constant, or the size of its mean in a first chunk of ``partial_fit``. With a
+        fixed ``noise`` the scale is one for all.
     noise_std_ : ndarray of shape (K,)
         Standard deviation of the noise of each output, in units of its targets.
     {net_}
@@ -339,7 +340,8 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
 
         N is the weight of all chunks so far, so a second pass over the same rows counts them
         again; the evidence is that of the present chunk, scaled up to N. Standardisation, that of
-        the targets, too, is that of the first chunk. After a warm-up of five calls the learning
+        the targets, too, is that of the first chunk, which should have several different rows.
+        After a warm-up of five calls the learning
         rate stays constant; burn-in, evidence and ``hyper_warmup`` count calls as epochs. With
         ``predictive="laplace"`` each call leaves a posterior, whose curvature is that of its
         chunk, scaled up to N.
@@ -361,6 +363,11 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         ------
         ValueError
             As in ``fit``; if there are more or fewer numbers for each row than in the first call.
+
+        Warns
+        -----
+        UserWarning
+            If a target or a channel of the images does not vary in the first chunk.
         """
         return self._partial_fit(X, y, sample_weight)
 
@@ -375,17 +382,20 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
             return Gaussian((1.0,) * self._n_outputs, True, log_units)
         return Gaussian((self.noise / self.target_scale_[0].item()) ** 2, False, log_units)
 
-    def _encoded(self, y, present, known):
-        self._one_number = y.ndim == 1
+    def _encoded(self, y, present, known, first):
+        if first:  # chunks are free to have it otherwise
+            self._one_number = y.ndim == 1
         return distinct_targets(y, present)
 
-    def _targets(self, values, codes, weights, first):
+    def _targets(self, values, codes, weights, first, more):
         targets = values[codes]  # (n, K)
         if first:
-            self.target_mean_, self.target_scale_ = mean_and_scale(targets, weights)
+            self.target_mean_, self.target_scale_ = mean_and_scale(targets, weights, more)
             if self.noise != "learned":
                 apart = (targets - self.target_mean_).reshape(-1, 1)
                 _, common = mean_and_scale(apart, np.repeat(weights, targets.shape[1]))
+                if more and not apart.any():
+                    common = self.target_scale_.max()  # the size of what does not vary
                 self.target_scale_ = np.full_like(self.target_scale_, common.item())
         check_same_outputs(targets.shape[1], self._n_outputs)
         return (targets - self.target_mean_) / self.target_scale_

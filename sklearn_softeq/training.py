@@ -184,7 +184,7 @@ class SoftEquivariantNet(NeuralNet):
             groups[id(tensor)]["pace"] = pace
 
     def log_hyperparameters(self) -> torch.Tensor:
-        """log δ, and the logarithms of the noises' precisions as last entries if these are learned."""
+        """log δ, and as last entries the logarithms of the noises' precisions that are learned."""
         log_precision = self.prior_.log_precision.cpu()
         noise = self.criterion_.log_hyperparameters()
         if not noise:

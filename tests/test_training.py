@@ -305,9 +305,7 @@ def test_what_is_remembered_of_gradients_follows_the_noise(optimizer):
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "kfac"])
 def test_of_several_noises_the_least_is_followed(optimizer):
     data, first = numbers_of(9), (1.0, 0.5, 2.0)
-    net = in_training(
-        net_of(criterion=partial(Gaussian, first, True), optimizer=optimizer), data
-    )
+    net = in_training(net_of(criterion=partial(Gaussian, first, True), optimizer=optimizer), data)
     net.update_decay()
     net.train_step((data.inputs, (data.targets, data.weights, None, len(data))))
     states = [net.optimizer_.state[w] for w in net.module_.parameters()]
