@@ -11,7 +11,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .base import SoftEquivariantBase
 from .likelihoods import Categorical
-from .onnx_export import exported
+from .onnx_export import Output, exported, labels_as_json
 from .predictive import laplace_outputs, log_odds
 from .simplification import simplified
 from .validation import check_classes, check_incremental_class_weight, check_weights, encode
@@ -663,7 +663,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         graph. Its output ``probabilities``, float32 of shape (n, K), are those of
         ``predict_proba`` with ``predictive="map"``, but for rounding. Where two of the grids that
         a strided layer chooses from are as large as each other, rounding may choose the other one.
-        Pathways that are off are left out. The metadata hold ``classes``, as JSON.
+        Pathways that are off are left out. The metadata hold ``classes``, as JSON, in which labels
+        that are neither numbers nor strings, such as dates, are strings.
 
         Needs the extra ``onnx``: ``pip install 'sklearn-softeq[onnx]'``.
 
@@ -685,5 +686,11 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
             With ``predictive="laplace"``.
         """
         check_is_fitted(self)
-        exported(self).save(path)
+        if self.predictive != "map":
+            raise ValueError(
+                f"predictive={self.predictive!r} averages over the posterior, for which there is "
+                'no graph. Call set_params(predictive="map") first to export the network itself.'
+            )
+        classes = {"classes": labels_as_json(self.classes_)}
+        exported(self, Output("probabilities", torch.nn.Softmax(1), classes)).save(path)
         return path

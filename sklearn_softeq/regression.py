@@ -1,5 +1,6 @@
 """The regressor: parameters, what it makes of numbers, and predictions with their deviations."""
 
+import json
 from numbers import Real
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from .base import SoftEquivariantBase
 from .docstrings import completed_from
 from .estimators import SoftEquivariantClassifier
 from .likelihoods import Gaussian
+from .onnx_export import Output, Unscaled, exported
 from .predictive import laplace_variances
 from .simplification import simplified
 from .validation import check_same_outputs, distinct_targets, mean_and_scale
@@ -495,3 +497,37 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         """
         check_is_fitted(self)
         return simplified(self, X, threshold, tol)
+
+    def export_onnx(self, path):
+        """Write the network as an ONNX graph, which other runtimes compute without Python.
+
+        Its input ``images``, float32 of shape (n, C, H, W) for any n, are images as ``fit`` takes
+        them (rows of features have to be brought into this shape); standardisation is part of the
+        graph. Its output ``prediction``, float32 of shape (n, K), a column where y was a vector,
+        is that of ``predict`` in the units of the targets, but for rounding. Where two of the
+        grids that a strided layer chooses from are as large as each other, rounding may choose the
+        other one. Pathways that are off are left out. The metadata hold ``noise_std``, as JSON;
+        what ``predictive="laplace"`` adds to that is not in the graph.
+
+        Needs the extra ``onnx``: ``pip install 'sklearn-softeq[onnx]'``.
+
+        Parameters
+        ----------
+        path : str or path-like
+            File to be written, usually with the ending ``.onnx``.
+
+        Returns
+        -------
+        str or path-like
+            ``path``.
+
+        Raises
+        ------
+        ImportError
+            If the packages onnx and onnxscript are not installed.
+        """
+        check_is_fitted(self)
+        link = Unscaled(self.target_mean_, self.target_scale_)
+        noise = {"noise_std": json.dumps(self.noise_std_.tolist())}
+        exported(self, Output("prediction", link, noise)).save(path)
+        return path
