@@ -140,6 +140,11 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         """Of the targets, as training begins."""
         raise NotImplementedError
 
+    @property
+    def _target_unit(self) -> np.ndarray:
+        """What the targets of a net are in units of, (K,), or (1,) for all of them."""
+        return np.ones(1)
+
     def _encoded(
         self, y: np.ndarray, present: np.ndarray, known: Any, first: bool
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -321,6 +326,9 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
             net.callbacks_ = [entry for entry in net.callbacks_ if entry[0] != "tasks"]
             outcome = net.outcome(data)
             self._record(net, data, outcome)
+            for output in (c for name, c in net.callbacks_ if name == "progress"):
+                if not net.course.endless and joined(self.device_).rank == 0:
+                    output.ended(net, outcome["evidence"], data.n_observations)
             if run is not None and not net.interrupted_:  # else it can go on
                 run.keep(net, self.symmetry_trials_, outcome)
         except BaseException:

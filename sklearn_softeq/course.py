@@ -24,7 +24,7 @@ from .schedules import JointStart, LearningRate, Plateau, Start, fix_gauge, rest
 from .states import State, WeightMean, restore, state_of
 from .training import SoftEquivariantNet
 
-__all__ = ["Course", "EvidenceStep", "Preconditioner", "ProgressLine"]
+__all__ = ["Course", "EvidenceStep", "Preconditioner"]
 
 #: Share of the entropy of the targets that symmetric pathways must have explained by the end of
 #: the burn-in, on the training data. Strictly invariant networks that could only memorise explained
@@ -626,23 +626,3 @@ class Course(Callback):
         if not better:
             restore(net, now)
         return better
-
-
-class ProgressLine(Callback):
-    """Prints a line at each evaluation; to stand before :class:`Course` among the callbacks."""
-
-    def on_train_begin(self, net, **kwargs):
-        evidence = net.course.evidence
-        if evidence.steps and not net.history and net.processes_.rank == 0:
-            print(f"curvature: {evidence.chosen.describe(len(net.data_))}")
-
-    def on_epoch_end(self, net, **kwargs):
-        epoch, last = len(net.history), net.history[-1]
-        if not net.course.evidence.due(epoch) or net.processes_.rank > 0:
-            return
-        line = f"epoch {epoch}: loss {last['train_loss']:.4f}"
-        if "log_marginal_likelihood" in last:
-            evidence = last["log_marginal_likelihood"] / net.data_.n_observations
-            line += f", log evidence {evidence:.4f}"
-        on = [on for block in net.module_.layers.values() for on in block.enabled.values()]
-        print(f"{line} nats per observation, {sum(on)} of {len(on)} pathways on")

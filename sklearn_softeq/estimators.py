@@ -214,7 +214,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         fit has a sub-folder, named after its data and parameters, so that nothing has to be set
         for them. None: no file is written; ``partial_fit`` never writes any.
     verbose : int, default=0
-        1 prints a line at each evaluation.
+        1 prints what the trials of a start found, a line at each evaluation, and how training has
+        ended.
 
     Attributes
     ----------

@@ -154,7 +154,12 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         pathways, if they led by what ``start`` says, if they alone predicted better than the mean
         of the targets, or if the symmetry had then learnt next to nothing.
     {scores_}
-    {history_}
+    history_ : dict of ndarray
+        By evaluation: "epoch", "n_observations" (N at that time), "log_likelihood", "scatter",
+        "log_det_ratio" and "log_marginal_likelihood" = log_likelihood − ½ scatter −
+        ½ log_det_ratio, in nats; "noise", of shape (evaluations, K), the deviations of the noise
+        after it, in units of the targets; "curvature" and "curvature_rows", how the curvature was
+        estimated.
     {log_marginal_likelihood_value_}
     {evidence_linear_term_}
     {prior_precisions_by_name_}
@@ -383,6 +388,10 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         if self.noise == "learned":
             return Gaussian((1.0,) * self._n_outputs, True, log_units)
         return Gaussian((self.noise / self.target_scale_[0].item()) ** 2, False, log_units)
+
+    @property
+    def _target_unit(self) -> np.ndarray:
+        return self.target_scale_
 
     def _encoded(self, y, present, known, first):
         if first:  # chunks are free to have it otherwise

@@ -533,6 +533,9 @@ def test_lines_that_are_printed_are_in_units_of_the_targets(data, capsys):
     last = reg.scores_[-1] / 40
     assert f"log evidence {last:.4f} nats" in said
     assert f"joint {reg.symmetry_trials_['joint']:.3f}" in said
+    for noises in (reg.history_["noise"][0], reg.noise_std_):
+        assert ", noise {:.3g}, {:.3g}, ".format(*noises) in said
+    assert f"end after epoch {reg.n_iter_}: " in said.splitlines()[-1]
 
 
 # ── what begins
