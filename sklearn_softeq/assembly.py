@@ -11,12 +11,13 @@ from skorch.callbacks import Callback
 
 from .batches import AUGMENTATIONS, Batches, TrainingData, batch_rows
 from .budget import plan_curvature
-from .course import Course, EvidenceStep, Preconditioner, ProgressLine
+from .course import Course, EvidenceStep, Preconditioner
 from .groups import PointGroup
 from .layers import PATHWAYS
 from .marginal_likelihood import HYPER_SOLVERS, LengthscaleSolver
 from .networks import build_network
 from .processes import joined
+from .progress import ProgressLine
 from .schedules import (
     STARTS,
     WARM_UP,
@@ -79,6 +80,7 @@ class Assembly:
         if self.clf.verbose and joined(self.data.inputs.device).rank == 0:
             found = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
             print(f"trials, log likelihood of held-out rows: {found} nats per observation")
+            print(f"start: {'joint' if group is None else group.name}")
         start = JointStart() if group is None else self._start(group)
         # The trial was the burn-in.
         net = self._begun(start, self._course(start, min(WARM_UP, self._half), True, endless))
@@ -173,7 +175,7 @@ class Assembly:
 
     def _callbacks(self, course: Course) -> list:
         """Ours, then copies of the user's, which find our entries in the history."""
-        output = [("progress", ProgressLine())] if self.clf.verbose else []
+        output = [("progress", ProgressLine(self.clf._target_unit))] if self.clf.verbose else []
         users = copy.deepcopy(list(self.clf.callbacks or ()))
         ours = [("evidence", course.evidence), *self._preconditioner(), *output]
         told = [] if self.tasks is None else [("tasks", self.tasks)]

@@ -61,9 +61,13 @@ from .validation import (
     present_device,
     resolve_device,
     resolve_image_shape,
+    scale_of,
 )
 
 __all__ = ["SoftEquivariantBase"]
+
+#: Range of standardised numbers below which they are constant but for rounding.
+FLAT = 1e-5
 
 
 class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
@@ -138,8 +142,13 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         """Of the targets, as training begins."""
         raise NotImplementedError
 
+    @property
+    def _target_unit(self) -> np.ndarray:
+        """What the targets of a net are in units of, (K,), or (1,) for all of them."""
+        return np.ones(1)
+
     def _encoded(
-        self, y: np.ndarray, present: np.ndarray, known: Any
+        self, y: np.ndarray, present: np.ndarray, known: Any, first: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Codes of the targets, which tell equal ones, and what they are codes of.
 
@@ -151,7 +160,7 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         """Of the rows."""
         return check_weights(sample_weight, X)
 
-    def _targets(self, values, codes, weights, first: bool) -> np.ndarray:
+    def _targets(self, values, codes, weights, first: bool, more: bool) -> np.ndarray:
         """What a net is trained on, (n,) or (n, K); sets what is known of the targets."""
         raise NotImplementedError
 
@@ -249,16 +258,38 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
     def _partial_fit(self, X, y, sample_weight, known=None):
         previous = self.net_ if self.__sklearn_is_fitted__() else None
         with self._unchanged_on_error():
-            data = self._shared(X, y, sample_weight, known, first=previous is None)
+            data = self._shared(X, y, sample_weight, known, first=previous is None, more=True)
             net = previous
             if net is None or not net.course.endless:
                 net = self._build_net(data, previous, endless=True)
             net.batch_size = batch_rows(self.batch_size, len(data))
+        if previous is None:
+            self._warn_of_no_variance(data)
         self._train(net, data)
         return self
 
-    def _prepare(self, X, y, sample_weight, known=None, first=True) -> TrainingData:
-        """Check everything that a user passes; the rows of positive weight on the device."""
+    def _warn_of_no_variance(self, data: TrainingData) -> None:
+        """All later chunks are standardised as the first one."""
+        looks = {
+            "a channel of the images": self.standardize and _flat(data.inputs.transpose(0, 1)),
+            "a target": self._numbers and _flat(data.targets.T),
+        }
+        found = " and ".join(what for what, flat in looks.items() if flat)
+        if found and joined(self.device_).rank == 0:
+            warnings.warn(
+                f"In the first chunk {found} did not vary. All chunks are scaled as the first one, "
+                "and that was scaled by the size of its mean, which may be far from the deviation "
+                "of those to come. Begin with a chunk of several different rows.",
+                UserWarning,
+                stacklevel=5,  # past scikit-learn's wrapper, to the caller of partial_fit
+            )
+
+    def _prepare(self, X, y, sample_weight, known=None, first=True, more=False) -> TrainingData:
+        """Check everything that a user passes; the rows of positive weight on the device.
+
+        The ``first`` data of a model say how all are scaled, those of which ``more`` is to come,
+        too.
+        """
         check_names(self.pathways, PATHWAYS, "pathways")
         check_callbacks(self.callbacks, self.lr_schedule)
         if self.amp is not None and self.dtype == "float64":
@@ -272,15 +303,15 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         else:
             shape = check_same_shape(found, self.image_shape_)
         counts = check_weights(sample_weight, X)
-        codes, values = self._encoded(y, counts > 0, known)
+        codes, values = self._encoded(y, counts > 0, known, first)
         kept = self.checkpoint_dir is not None
         digests = data_digests(X, y, counts, shape) if kept else {}
         weights = self._weights(sample_weight, X, y, values)
         X, codes, weights = distinct_rows(X, codes, weights)
-        targets = self._targets(values, codes, weights, first)
+        targets = self._targets(values, codes, weights, first, more)
         self.image_shape_, self.device_ = shape, device
         if first:
-            self._set_standardizer(X, weights, shape[0])
+            self._set_standardizer(X, weights, shape[0], more)
         inputs = self._as_images(X)
         if not first:
             inputs = inputs.to(next(self.module_.parameters()).dtype)
@@ -307,6 +338,9 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
             net.callbacks_ = [entry for entry in net.callbacks_ if entry[0] != "tasks"]
             outcome = net.outcome(data)
             self._record(net, data, outcome)
+            for output in (c for name, c in net.callbacks_ if name == "progress"):
+                if not net.course.endless and joined(self.device_).rank == 0:
+                    output.ended(net, outcome["evidence"], data.n_observations)
             if run is not None and not net.interrupted_:  # else it can go on
                 run.keep(net, self.symmetry_trials_, outcome)
         except BaseException:
@@ -331,8 +365,10 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         found.update(repr((self._described(), sorted(parameters.items()))).encode())
         return found.hexdigest()
 
-    def _set_standardizer(self, X: np.ndarray, weights: np.ndarray, n_channels: int) -> None:
-        """Weighted mean and deviation of each channel."""
+    def _set_standardizer(
+        self, X: np.ndarray, weights: np.ndarray, n_channels: int, more: bool
+    ) -> None:
+        """Weighted mean and deviation of each channel, see :func:`scale_of`."""
         self.channel_mean_, self.channel_scale_ = np.zeros(n_channels), np.ones(n_channels)
         if not self.standardize:
             return
@@ -341,9 +377,8 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         parts = np.array_split(pixels, len(X) // 4096 + 1)  # bounds the float64 copies
         spread = [np.square(part - mean[:, None]).mean(2) for part in parts]
         scale = np.sqrt(np.average(np.concatenate(spread), axis=0, weights=weights))
-        # What varies by no more than rounding is constant, and is left at its own scale.
-        constant = scale <= 10 * np.finfo(X.dtype).eps * np.abs(mean)
-        self.channel_mean_, self.channel_scale_ = mean, np.where(constant, 1.0, scale)
+        self.channel_mean_ = mean
+        self.channel_scale_ = scale_of(scale, mean, float(np.finfo(X.dtype).eps), more)
 
     def _as_images(self, X: np.ndarray) -> torch.Tensor:
         """Standardised images (n, C, H, W) on the CPU, in the dtype of the computation."""
@@ -523,6 +558,12 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         batches = self._new_images(X).to(self.device_).split(rows_of_a_pass(self.module_))
         network = twin_of(self.module_)  # what the layers see is found out by hooks
         return Bunch(**equivariance_errors(network, batches, GROUPS[group])._asdict())
+
+
+def _flat(values: torch.Tensor) -> bool:
+    """Whether any of some standardised columns is constant but for rounding."""
+    values = values.flatten(1)
+    return bool((values.amax(1) - values.amin(1)).min() < FLAT)
 
 
 def _evaluations(net: SoftEquivariantNet) -> dict[str, np.ndarray]:

@@ -244,7 +244,9 @@ def columns(history: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def _plain_columns(history: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The same without what a user's callbacks have noted that is neither number nor string."""
     plain = (bool, int, float, str, np.generic)
-    return columns({k: v for k, v in row.items() if isinstance(v, plain)} for row in history)
+    return columns(
+        {k: v for k, v in row.items() if isinstance(v, plain) or k == "noise"} for row in history
+    )
 
 
 def rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:

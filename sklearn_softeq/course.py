@@ -24,7 +24,7 @@ from .schedules import JointStart, LearningRate, Plateau, Start, fix_gauge, rest
 from .states import State, WeightMean, restore, state_of
 from .training import SoftEquivariantNet
 
-__all__ = ["Course", "EvidenceStep", "Preconditioner", "ProgressLine"]
+__all__ = ["Course", "EvidenceStep", "Preconditioner"]
 
 #: Share of the entropy of the targets that symmetric pathways must have explained by the end of
 #: the burn-in, on the training data. Strictly invariant networks that could only memorise explained
@@ -37,6 +37,11 @@ LEARNT = 0.2
 #: sure would cost. New data asked for .006 in two such fits, and were content with .002 to .01
 #: (docs/design/sums.md).
 LEAST_LOSS = 0.005
+
+
+#: Columns of the output Hessian that tell how the curvature is shared by outputs with noises of
+#: their own, where evidences take random ones.
+APART_COLUMNS = 512
 
 
 class EvidenceStep(Callback):
@@ -187,11 +192,15 @@ class EvidenceStep(Callback):
             generator=generator,
             # While the rate falls lengthscales stay: see on_epoch_end.
             lengthscales=self.lengthscales is not None and not net.course.rate.cooling,
+            apart=self._tells_apart(net) and self.chosen.estimator.columns == "exact",
             constants=self._input_factors(net),
             **_shared(net),
         )
+        parts = curvature.parts
+        if self._tells_apart(net) and not parts:
+            parts = self._parts(net, data, generator)
         with _finite(net):
-            eigenvalues = spectra(curvature.factors, self._known)
+            eigenvalues = spectra(curvature.factors, self._known, parts)
         # An identity means nothing once its factor is gone.
         kept = {id(factor) for factor in self._input_factors(net).values()}
         self._known = {key: values for key, values in self._known.items() if key in kept}
@@ -204,10 +213,33 @@ class EvidenceStep(Callback):
             log_det_weight,
             curvature.slopes,
             curvature.factors if keep else {},
-            net.criterion_.noise(
-                curvature.log_likelihood, net.data_.n_observations, data.n_targets
-            ),
+            net.criterion_.noise(curvature.log_likelihoods, net.data_.n_observations),
         )
+
+    @staticmethod
+    def _tells_apart(net: SoftEquivariantNet) -> bool:
+        """Whether the curvature has to be told apart by outputs: if they have their own noises."""
+        return len(net.criterion_.log_hyperparameters()) > 1
+
+    def _parts(
+        self, net: SoftEquivariantNet, data: TrainingData, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """What each output adds to the curvature, from a few rows, where columns are random.
+
+        A random column is of all outputs at once.
+        """
+        n_rows = max(APART_COLUMNS // data.n_targets, 1)
+        if n_rows < len(data):
+            data = data.sample(n_rows, torch.ones_like(data.weights), generator)
+        found = kronecker_factors(
+            net.module_,
+            net.criterion_,
+            data.in_order(rows_of_a_pass(net.module_)),
+            estimator=replace(self.chosen.estimator, columns="exact"),
+            apart=True,
+            **_shared(net),
+        )
+        return found.parts
 
     def _input_factors(self, net: SoftEquivariantNet) -> dict[str, Factor]:
         """Those that hang on no weight, of all rows, computed once for each set of pathways."""
@@ -233,7 +265,8 @@ class EvidenceStep(Callback):
         for _ in range(self.steps):
             moved = self.solver.step(objective, log_precision)
             if self.noise_alone:
-                moved[:-1] = log_precision[:-1]
+                n_precisions = len(net.prior_.log_precision)
+                moved[:n_precisions] = log_precision[:n_precisions]
             log_precision = moved
         # Other processors may round otherwise: all go on from the same numbers.
         log_precision, evidence = net.processes_.agreed(
@@ -288,6 +321,8 @@ class EvidenceStep(Callback):
             net.history.record(term, value)
         net.history.record("log_marginal_likelihood", evidence.value)
         net.history.record("n_observations", net.data_.n_observations)
+        if deviations := net.criterion_.deviations:
+            net.history.record("noise", list(deviations))
         net.history.record("curvature", self.chosen.estimator.columns)
         net.history.record("curvature_rows", min(self.chosen.n_rows, len(net.data_)))
         log_precision = net.log_hyperparameters()
@@ -591,23 +626,3 @@ class Course(Callback):
         if not better:
             restore(net, now)
         return better
-
-
-class ProgressLine(Callback):
-    """Prints a line at each evaluation; to stand before :class:`Course` among the callbacks."""
-
-    def on_train_begin(self, net, **kwargs):
-        evidence = net.course.evidence
-        if evidence.steps and not net.history and net.processes_.rank == 0:
-            print(f"curvature: {evidence.chosen.describe(len(net.data_))}")
-
-    def on_epoch_end(self, net, **kwargs):
-        epoch, last = len(net.history), net.history[-1]
-        if not net.course.evidence.due(epoch) or net.processes_.rank > 0:
-            return
-        line = f"epoch {epoch}: loss {last['train_loss']:.4f}"
-        if "log_marginal_likelihood" in last:
-            evidence = last["log_marginal_likelihood"] / net.data_.n_observations
-            line += f", log evidence {evidence:.4f}"
-        on = [on for block in net.module_.layers.values() for on in block.enabled.values()]
-        print(f"{line} nats per observation, {sum(on)} of {len(on)} pathways on")

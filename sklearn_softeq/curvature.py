@@ -12,12 +12,16 @@ Where a map is given at anchors, A or Γ depends on a hyperparameter ω of the i
 activations and gradients held fixed its derivative is Σ ∂t tᵀ + t ∂tᵀ over the tokens t; that of
 the log likelihood, in which everything follows, is Σ g · ∂out with g for the labels of the data.
 
+Where outputs have noises of their own, Γ = Σ_k Γ_k with Γ_k what output k adds, in proportion to
+its 1/σ²_k. These parts are kept if they are asked for, or their traces alone where they are large.
+
 Gradients of weights are never formed; hooks live inside one call and hang on no layer after it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -48,6 +52,8 @@ class Likelihood(Protocol):
 
     def log_prob(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor: ...
 
+    def log_probs(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor: ...
+
     def hessian_root(self, outputs: torch.Tensor) -> torch.Tensor: ...
 
     def hessian_sketch(
@@ -70,6 +76,11 @@ COLUMNS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 KFAC_FORMS = ("expand", "reduce")
+
+#: Numbers in the parts of a factor by output that are kept as matrices: 4 MiB in float32. Larger
+#: ones stand before layers in which all outputs have a part in every direction, so that their
+#: traces say nearly as much.
+APART_NUMBERS = 2**20
 
 
 @dataclass(frozen=True)
@@ -123,15 +134,23 @@ EVERY_ROW = slice(None)
 
 
 class Curvature(NamedTuple):
-    """Kronecker factors by tensor name, and the log likelihood met on the way.
+    """Kronecker factors by tensor name, and the log likelihoods of the outputs met on the way.
 
     All stand for N observations, whatever part of the data was seen. ``slopes`` holds
-    ∂ log likelihood / ∂ log ω by the name of each map that has an ω, if they were asked for.
+    ∂ log likelihood / ∂ log ω by the name of each map that has an ω, if they were asked for, and
+    ``parts`` what each output adds to Γ by the name of each tensor, (K, B, d_out, d_out), or to its
+    trace, (K, B, 1, 1), likewise.
     """
 
     factors: dict[str, Kronecker]
-    log_likelihood: float
+    log_likelihoods: tuple[float, ...]
     slopes: dict[str, float]
+    parts: dict[str, torch.Tensor]
+
+    @property
+    def log_likelihood(self) -> float:
+        """That of all outputs."""
+        return sum(self.log_likelihoods)
 
 
 @full_precision()
@@ -145,6 +164,7 @@ def kronecker_factors(
     unit_weights: bool = False,
     generator: torch.Generator | None = None,
     lengthscales: bool = False,
+    apart: bool = False,
     constants: Mapping[str, Factor] | None = None,
     own: slice = EVERY_ROW,
     reduction: Reduction | None = None,
@@ -174,6 +194,8 @@ def kronecker_factors(
     lengthscales : bool, default=False
         Also the derivatives in log ω of every map that is given at anchors: those of its factors,
         and that of the log likelihood, for one backward pass more.
+    apart : bool, default=False
+        Also what each output adds to Γ. The columns have to be exact, one for each output.
     constants : mapping of str to Factor, optional
         Mean input factors of the maps that see the images themselves, by name, as
         :func:`input_factors` finds them. They hang on no weight.
@@ -191,16 +213,20 @@ def kronecker_factors(
     sums: dict[str, _FactorSums] = {}
 
     def new(name: str, layer: SharedLinear, like: torch.Tensor) -> _FactorSums:
-        return _FactorSums(layer, like, estimator.kfac, lengthscales, constants.get(name))
+        n_parts = len(targets[0]) if apart else 1
+        known = constants.get(name)
+        return _FactorSums(layer, like, estimator.kfac, lengthscales, known, n_parts)
 
-    seen: list[torch.Tensor] = []  # (log likelihood, weight) of each batch
+    assert not apart or estimator.columns == "exact", "random columns are of all outputs"
+    seen: list[torch.Tensor] = []  # (log likelihoods, weight) of each batch
     for batch in batches:
         inputs, targets, weights = (column[own] for column in batch)
         root_weight = None if unit_weights else weights.sqrt().to(inputs.dtype)
         outputs, ends = _forward(network, inputs, root_weight, sums, new)
         detached = outputs.detach()
-        log_prob = likelihood.log_prob(detached, targets).double()
-        seen.append(torch.stack([torch.dot(weights.double(), log_prob), weights.double().sum()]))
+        log_probs = likelihood.log_probs(detached, targets).double()
+        weight = weights.double()
+        seen.append(torch.cat([weight @ log_probs, weight.sum()[None]]))
         if moving := {name: end for name, end in ends.items() if sums[name].moving}:
             score, down_to = _score(likelihood, detached, targets, weights), list(moving.values())
             visit = {name: sums[name].add_score for name in moving}
@@ -246,7 +272,7 @@ def input_factors(
         weight = weight + weights.double().sum()
         for name, given in _inputs_of(network, names, inputs).items():
             if name not in sums:
-                sums[name] = _FactorSums(_map(network, name), given, kfac, False, None)
+                sums[name] = _FactorSums(_map(network, name), given, kfac, False, None, 1)
             sums[name].add_input(given, root_weight, len(inputs))
     assert isinstance(weight, torch.Tensor), "no batches"
     if reduction is not None:
@@ -263,16 +289,19 @@ def _finished(
     """Sums turned into curvature for N observations."""
     if reduction is not None:
         _reduce([seen, *(tensor for s in sums.values() for tensor in s.tensors())], reduction)
-    log_likelihood, weight_seen = seen.tolist()
+    *log_likelihoods, weight_seen = seen.tolist()
     assert weight_seen > 0, "the batches hold no observation"
     total = weight_seen if total_weight is None else total_weight
+    scale = total / weight_seen
     factors: dict[str, Kronecker] = {}
+    parts: dict[str, torch.Tensor] = {}
     for name, layer_sums in sums.items():
+        for tensor, part in layer_sums.parts().items():
+            parts[f"{name}.{tensor}"] = part * scale
         for tensor, factor in layer_sums.finish(weight_seen, total).items():
             factors[f"{name}.{tensor}"] = factor
-    scale = total / weight_seen
     slopes = {name: s.slope.item() * scale for name, s in sums.items() if s.moving}
-    return Curvature(factors, log_likelihood * scale, slopes)
+    return Curvature(factors, tuple(v * scale for v in log_likelihoods), slopes, parts)
 
 
 def _reduce(tensors: list[torch.Tensor], reduction: Reduction) -> None:
@@ -304,27 +333,46 @@ class _Moments:
         Of the dtype and device to sum in.
     root : bool
         Whether a root will do.
+    n_parts : int, default=1
+        Parts of the sum that are kept apart, each as a matrix, or by its trace if it is large.
     """
 
-    def __init__(self, n_blocks: int, size: int, like: torch.Tensor, root: bool):
+    def __init__(self, n_blocks: int, size: int, like: torch.Tensor, root: bool, n_parts: int = 1):
         self.n_blocks, self.size, self.like, self.may_be_root = n_blocks, size, like, root
         self.rows: list[torch.Tensor] = []  # (B, r, d) each
         self.n_rows = 0
         self._matrix: torch.Tensor | None = None
+        self.parts: torch.Tensor | None = None
+        if n_parts > 1:
+            kept = size if n_parts * n_blocks * size**2 <= APART_NUMBERS else 1
+            self.parts = like.new_zeros(n_parts, n_blocks, kept, kept)
 
     def keeps(self, n_rows: int) -> bool:
         """Whether so many tokens more would still be kept as they are."""
         kept = self.may_be_root and self._matrix is None
         return kept and self.n_rows + n_rows < self.size
 
-    def add(self, tokens: torch.Tensor) -> None:
+    def add(self, tokens: torch.Tensor, part: int = 0) -> None:
         """Count in tokens (n, S, B, d)."""
         rows = in_blocks(tokens)  # (B, n·S, d)
+        if self.parts is not None and self.parts.shape[-1] == self.size:
+            self.parts[part].baddbmm_(rows.transpose(1, 2), rows)
+        elif self.parts is not None:
+            self.parts[part] += rows.square().sum((1, 2), keepdim=True)
         if self.keeps(rows.shape[1]):
             self.rows.append(rows)
             self.n_rows += rows.shape[1]
         else:
             self.matrix.baddbmm_(rows.transpose(1, 2), rows)
+
+    def add_gram(self, gram: torch.Tensor, scale: float = 1.0, part: int = 0) -> None:
+        """Count in what has been summed already, (B, d, d)."""
+        self.matrix.add_(gram, alpha=scale)
+        if self.parts is None:
+            return
+        if self.parts.shape[-1] < self.size:
+            gram = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        self.parts[part].add_(gram, alpha=scale)
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -353,14 +401,15 @@ class _FactorSums:
         kfac: str,
         lengthscales: bool,
         known: Factor | None,
+        n_parts: int,
     ):
         n_blocks, n_out, n_in = layer.weight.shape
         like = like.new_empty(0)  # of its kind; itself it would stay in memory
         self.layer, self.kfac, self.known = layer, kfac, known
         self.moving = lengthscales and layer.interpolation is not None
         self.left = _Moments(n_blocks, n_in, like, not self.moving)
-        self.right = _Moments(n_blocks, n_out, like, not self.moving)
-        self.bias = _Moments(1, n_out, like, True)
+        self.right = _Moments(n_blocks, n_out, like, not self.moving, n_parts)
+        self.bias = _Moments(1, n_out, like, True, n_parts)
         self.left_tangent: torch.Tensor | None = None
         self.right_tangent: torch.Tensor | None = None
         self.inputs = like  # of the batch at hand, where ω asks for them
@@ -380,7 +429,7 @@ class _FactorSums:
         if gram is None:
             self.left.add(_weighted(self._merged(self.layer.input_tokens(inputs)), root_weight))
         else:
-            self.left.matrix.add_(gram)
+            self.left.add_gram(gram)
         if not self.moving:
             return
         self.inputs = inputs
@@ -397,19 +446,19 @@ class _FactorSums:
         return tokens.mean(1, keepdim=True) if self.kfac == "reduce" else tokens
 
     @torch.no_grad()
-    def add_gradient(self, grad: torch.Tensor) -> None:
+    def add_gradient(self, column: int, grad: torch.Tensor) -> None:
         layer, n_positions = self.layer, self.layer.n_positions
         tokens = layer.gradient_tokens(grad)  # (n, S, B, d_out)
         if self.shared and layer.bias is not None:
-            self.bias.add(tokens.sum((1, 2), keepdim=True))  # Eq. H of the bias
+            self.bias.add(tokens.sum((1, 2), keepdim=True), column)  # Eq. H of the bias
         # Eq. Γ
         gram = None
         if self.kfac != "reduce" and not self.right.keeps(len(tokens) * n_positions):
             gram = layer.gradient_gram(grad)
         if gram is None:
-            self.right.add(self._summed(tokens))
+            self.right.add(self._summed(tokens), column)
         else:
-            self.right.matrix.add_(gram, alpha=1 / n_positions)
+            self.right.add_gram(gram, 1 / n_positions, column)
         change = layer.gradient_tangent(grad) if self.moving else None
         if change is not None:
             tangent = outer(self._summed(change), self._summed(tokens))
@@ -445,7 +494,16 @@ class _FactorSums:
         for tangent in (self.left_tangent, self.right_tangent):
             if tangent is not None:
                 yield tangent
+        yield from self.parts().values()
         yield self.slope
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """What each output adds to the gradient factor of weight and bias, if it was kept."""
+        found = {"weight": self.right.parts}
+        if self.layer.bias is not None:
+            # As in finish: a bias may have the very factor of the weight.
+            found["bias"] = self.bias.parts if self.shared else self.right.parts
+        return {tensor: parts for tensor, parts in found.items() if parts is not None}
 
     def finish(self, seen: float, total: float) -> dict[str, Kronecker]:
         """Curvature of weight and bias for N = total from sums over weight m = seen."""
@@ -542,10 +600,10 @@ def _add_columns(
 ) -> None:
     """Count in the gradients of each column of the output Hessian, (n, K)."""
     first = [end for end in ends.values() if end.is_leaf]
-    visit = {name: sums[name].add_gradient for name in ends}
-    for i, column in enumerate(columns, 1):
+    for i, column in enumerate(columns):
+        visit = {name: partial(sums[name].add_gradient, i) for name in ends}
         weighted = column if root_weight is None else column * root_weight[:, None]
-        pull_back(outputs, ends, weighted, first, i < len(columns), visit)
+        pull_back(outputs, ends, weighted, first, i + 1 < len(columns), visit)
 
 
 def pull_back(

@@ -11,7 +11,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .base import SoftEquivariantBase
 from .likelihoods import Categorical
-from .onnx_export import exported
+from .onnx_export import Output, exported, labels_as_json
 from .predictive import laplace_outputs, log_odds
 from .simplification import simplified
 from .validation import check_classes, check_incremental_class_weight, check_weights, encode
@@ -216,7 +216,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         its data and parameters, so that nothing has to be set for them. "~" is the user's home.
         None: no file is written; ``partial_fit`` never writes any.
     verbose : int, default=0
-        1 prints a line at each evaluation.
+        1 prints what the trials of a start found, a line at each evaluation, and how training has
+        ended.
 
     Attributes
     ----------
@@ -229,7 +230,9 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
     image_shape_ : tuple (C, H, W)
         Shape of one image.
     channel_mean_, channel_scale_ : ndarray of shape (C,)
-        What ``standardize`` subtracts and divides by; 0 and 1 without it.
+        What ``standardize`` subtracts and divides by: mean and standard deviation, 1 where a
+        channel is constant, or the size of its mean in a first chunk of ``partial_fit``. 0 and 1
+        without it.
     net_ : SoftEquivariantNet
         The fitted skorch net.
     module_ : SoftEquivariantNetwork
@@ -495,6 +498,11 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
             label.
         MemoryError
             As in ``fit``.
+
+        Warns
+        -----
+        UserWarning
+            If a channel of the images does not vary in the first chunk.
         """
         known = self.classes_ if self.__sklearn_is_fitted__() else None
         classes = check_classes(classes, known)
@@ -509,14 +517,14 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
     def _likelihood(self) -> Categorical:
         return Categorical()
 
-    def _encoded(self, y, present, classes):
+    def _encoded(self, y, present, classes, first):
         classes = np.unique(y) if classes is None else classes
         return encode(y, classes), classes
 
     def _weights(self, sample_weight, X, y, classes):
         return check_weights(sample_weight, X, y, classes, self.class_weight)
 
-    def _targets(self, classes, codes, weights, first):
+    def _targets(self, classes, codes, weights, first, more):
         self.classes_ = classes
         return codes
 
@@ -659,7 +667,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         graph. Its output ``probabilities``, float32 of shape (n, K), are those of
         ``predict_proba`` with ``predictive="map"``, but for rounding. Where two of the grids that
         a strided layer chooses from are as large as each other, rounding may choose the other one.
-        Pathways that are off are left out. The metadata hold ``classes``, as JSON.
+        Pathways that are off are left out. The metadata hold ``classes``, as JSON, in which labels
+        that are neither numbers nor strings, such as dates, are strings.
 
         Needs the extra ``onnx``: ``pip install 'sklearn-softeq[onnx]'``.
 
@@ -681,5 +690,11 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
             With ``predictive="laplace"``.
         """
         check_is_fitted(self)
-        exported(self).save(path)
+        if self.predictive != "map":
+            raise ValueError(
+                f"predictive={self.predictive!r} averages over the posterior, for which there is "
+                'no graph. Call set_params(predictive="map") first to export the network itself.'
+            )
+        classes = {"classes": labels_as_json(self.classes_)}
+        exported(self, Output("probabilities", torch.nn.Softmax(1), classes)).save(path)
         return path

@@ -117,6 +117,9 @@ class KFAC(torch.optim.Optimizer):
     def sharpen(self, rise: float) -> None:
         """Follow a curvature that has risen by a factor, as all does when a noise falls.
 
+        Of several noises the least one says by how much, see ``_set_likelihood`` of the net; what
+        is wrong with it lasts until the next :meth:`observe`.
+
         The momentum stays: it is of steps, whose length hangs on the ratio of both.
         """
         for state in self.state.values():

@@ -7,7 +7,7 @@ Evidence needs nothing of it but the eigenvalues λ of A_b and μ of Γ_b.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,12 +53,35 @@ class Spectrum:
         Eigenvalues μ of the gradient factors, likewise.
     left_tangent, right_tangent : tensor of the same shape, optional
         Derivatives of λ and μ in a hyperparameter that reaches the factors.
+    shares : tensor of shape (K, B, d_out), optional
+        Part of each μ that is each output's, q_jᵀ Γ_k q_j / μ_j; their sum over outputs is 1.
     """
 
     left: torch.Tensor
     right: torch.Tensor
     left_tangent: torch.Tensor | None = None
     right_tangent: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
+
+    def raised(self, rises: torch.Tensor) -> "Spectrum":
+        """That of a curvature of which each output's part has been multiplied by a number.
+
+        To first order, eigenvectors as they are. It is exact where the numbers are the same, and
+        where the parts have eigenvectors in common, as those of a layer's that gives the outputs.
+
+        Parameters
+        ----------
+        rises : tensor of shape (K,), or (1,) for all outputs
+        """
+        if self.shares is None:
+            rise, shares = rises, None
+            assert len(rises) == 1, "outputs that are not told apart"
+        else:
+            raised = rises[:, None, None] * self.shares
+            rise = raised.sum(0)  # (B, d_out)
+            shares = raised / rise
+        tangent = None if self.right_tangent is None else self.right_tangent * rise
+        return replace(self, right=self.right * rise, right_tangent=tangent, shares=shares)
 
     def eigenvalues(self) -> torch.Tensor:
         """All products λ_i μ_j, shape (B, d_in, d_out)."""
@@ -72,6 +95,17 @@ class Spectrum:
         """γ = Σ_b Σ_ij λ_i μ_j / (λ_i μ_j + δ), between 0 and the number of weights."""
         products = self.eigenvalues()
         return (products / (products + precision)).sum()  # Eq. effective dimensions
+
+    def dimensions_of_outputs(self, precision: torch.Tensor | float) -> torch.Tensor:
+        """γ_k = tr H_k (H + δ)⁻¹ with H_k what output k adds to H, (K,); all of it where K = 1.
+
+        In the eigenvectors of H only the diagonal of H_k counts, and that is λ_i q_jᵀ Γ_k q_j.
+        """
+        products = self.eigenvalues()
+        determined = (products / (products + precision)).sum(1)  # (B, d_out)
+        if self.shares is None:
+            return determined.sum()[None]
+        return (self.shares * determined).sum((1, 2))  # Eq. dimensions of an output
 
     def log_det_slope(self, precision: torch.Tensor) -> torch.Tensor:
         """Derivative of ``log_det_ratio``, Σ_b Σ_ij (∂λ_i μ_j + λ_i ∂μ_j) / (λ_i μ_j + δ)."""
@@ -251,7 +285,9 @@ def eigenbasis(factor: Factor) -> Eigenbasis:
 
 @full_precision()
 def spectra(
-    factors: dict[str, Kronecker], known: dict[int, torch.Tensor] | None = None
+    factors: dict[str, Kronecker],
+    known: dict[int, torch.Tensor] | None = None,
+    parts: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Spectrum]:
     """Eigenvalues of each matrix; a factor that two tensors share is decomposed once.
 
@@ -261,6 +297,10 @@ def spectra(
     known : dict of int to tensor, optional
         Eigenvalues by the identity of their factor, for those that have been decomposed before.
         It takes in those of all factors that do not move.
+    parts : mapping of str to tensor, optional
+        What each output adds to the right factor of each tensor, (K, B, d_out, d_out), or to its
+        trace, (K, B, 1, 1); up to a common number, as from a part of the rows. Default: outputs
+        are not told apart.
 
     Raises
     ------
@@ -268,6 +308,7 @@ def spectra(
         If a factor is not finite or its eigenvalues cannot be found in float64 either.
     """
     known = {} if known is None else known
+    shares = _shares(factors, parts or {}, known)
     names = {}  # identity, not value: a layer's bias may hold the very Γ of its weight
     for name, k in factors.items():
         for factor, tangent in ((k.left, k.left_tangent), (k.right, k.right_tangent)):
@@ -281,8 +322,49 @@ def spectra(
             (known[id(factor)], None) if tangent is None else _moving(factor, tangent, name)
             for factor, tangent in sides
         )
-        found[name] = Spectrum(left, right, d_left, d_right)
+        share = shares.get(name)
+        share = None if share is None else share.expand(-1, *right.shape)
+        found[name] = Spectrum(left, right, d_left, d_right, share)
     return found
+
+
+def _shares(
+    factors: Mapping[str, Kronecker],
+    parts: Mapping[str, torch.Tensor],
+    known: dict[int, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Shares of outputs in the eigenvalues of the right factors, (K, B, d_out), or (K, B, 1).
+
+    Eigenvalues that are found on the way are known from then on.
+    """
+    seen: dict[int, torch.Tensor] = {}
+    for name, part in parts.items():
+        factor = factors[name].right
+        if id(factor) in seen:
+            continue
+        part = part.to("cpu", torch.float64)
+        if part.shape[-1] > 1:
+            values, vectors = _all_eigenvectors(dense(factor), name)
+            known[id(factor)] = values
+            part = (vectors * (part @ vectors)).sum(-2)  # (K, B, d_out)
+        else:
+            part = part[..., 0]
+        total = part.clamp_min_(0.0).sum(0)
+        even = torch.full_like(part, 1 / len(part))  # where there is nothing to share
+        seen[id(factor)] = torch.where(total > 0, part / total, even)  # Eq. shares
+    return {name: seen[id(factors[name].right)] for name in parts}
+
+
+def _all_eigenvectors(matrix: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each block, in float64 on the CPU; eigenvalues that are not negative."""
+    matrix = matrix.to("cpu", torch.float64)
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError as error:
+        raise _unsolved(repr(name), matrix) from error
+    if not torch.isfinite(values).all():
+        raise _unsolved(repr(name), matrix)
+    return values.clamp_min(0.0), vectors
 
 
 def decomposed(factors: Mapping[str, Factor]) -> dict[int, torch.Tensor]:
@@ -304,15 +386,8 @@ def decomposed(factors: Mapping[str, Factor]) -> dict[int, torch.Tensor]:
 
 def _moving(factor: Factor, tangent: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues and their derivatives, ∂λ_i = q_iᵀ ∂A q_i."""
-    matrix, tangent = (m.to("cpu", torch.float64) for m in (dense(factor), tangent))
-    try:
-        values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError as error:
-        raise _unsolved(repr(name), matrix) from error
-    slopes = (vectors * (tangent @ vectors)).sum(-2)
-    if not torch.isfinite(values).all():
-        raise _unsolved(repr(name), matrix)
-    return values.clamp_min(0.0), slopes
+    values, vectors = _all_eigenvectors(dense(factor), name)
+    return values, (vectors * (tangent.to(vectors) @ vectors)).sum(-2)
 
 
 def _eigenvalues(named: dict[int, tuple[str, Factor]]) -> dict[int, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Likelihoods: log p(y | f), a root of its Hessian in f, and the link to predictions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,20 +12,20 @@ __all__ = ["Categorical", "Gaussian", "Noise"]
 
 
 class Noise(NamedTuple):
-    """What an evidence has to know of a noise that is learned.
+    """What an evidence has to know of noises that are learned: one for each output, or for all.
 
     Parameters
     ----------
-    log_precision : float
+    log_precisions : tuple of float
         log 1/σ² at which log likelihood and curvature were taken.
-    squares : float
-        Σ w ‖y − f‖² over N observations.
+    squares : tuple of float
+        Σ w (y − f)² over N observations, of the outputs that have each noise.
     n_numbers : float
-        N K.
+        Numbers that each is the noise of: N, or N K of one for all.
     """
 
-    log_precision: float
-    squares: float
+    log_precisions: tuple[float, ...]
+    squares: tuple[float, ...]
     n_numbers: float
 
 
@@ -91,11 +91,17 @@ class Categorical:
         """log p(y | f) of each row, in nats; targets are codes 0 … K−1."""
         return -nn.functional.cross_entropy(outputs, targets, reduction="none")  # (n,)
 
-    def constant_log_likelihood(self, targets: torch.Tensor, weights: torch.Tensor) -> float:
+    def log_probs(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The same as a column, (n, 1): a class is one number that is predicted."""
+        return self.log_prob(outputs, targets)[:, None]
+
+    def constant_log_likelihoods(
+        self, targets: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[float, ...]:
         """Σ_n w_n log p(y_n) of the best prediction that ignores the inputs, in nats."""
         counts = torch.bincount(targets, weights.double())
         frequencies = counts[counts > 0] / counts.sum()
-        return (counts.sum() * (frequencies * frequencies.log()).sum()).item()
+        return ((counts.sum() * (frequencies * frequencies.log()).sum()).item(),)
 
     # What a likelihood with a noise has to say about it; here there is none.
 
@@ -114,27 +120,32 @@ class Categorical:
         """The same, as nothing is learned."""
         return self
 
-    def noise(self, log_likelihood: float, n_observations: float, n_outputs: int) -> None:
+    @property
+    def deviations(self) -> tuple[float, ...]:
+        """Of the noise: there is none."""
+        return ()
+
+    def noise(self, log_likelihoods: Sequence[float], n_observations: float) -> None:
         """There is none."""
 
     def at_best_noise(
-        self, log_likelihood: float, n_observations: float, n_outputs: int
+        self, log_likelihoods: Sequence[float], n_observations: float
     ) -> "Categorical":
         """The same, as there is no noise."""
         return self
 
-    def score(self, log_likelihood: float, n_observations: float, n_outputs: int) -> float:
+    def score(self, log_likelihoods: Sequence[float], n_observations: float) -> float:
         """The log likelihood of each of some observations, in nats, from that of all."""
-        return log_likelihood / n_observations
+        return log_likelihoods[0] / n_observations
 
     def explained(
-        self, log_likelihood: float, constant: float, n_observations: float, n_outputs: int
+        self, log_likelihoods: Sequence[float], constants: Sequence[float], n_observations: float
     ) -> float:
         """1 − log p / log p of the best constant: 0 for predictions that ignore the inputs.
 
         1 where there is nothing to explain, as for a single class.
         """
-        return 1.0 if constant == 0 else 1.0 - log_likelihood / constant
+        return 1.0 if constants[0] == 0 else 1.0 - log_likelihoods[0] / constants[0]
 
     def score_of(self, explained: float, constant: float, n_outputs: int) -> float:
         """The score at which a part is explained, from that of the best constant."""
@@ -229,14 +240,14 @@ class Categorical:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Independent Gaussian noise of one variance on each of K outputs f of shape (n, K).
+    """Independent Gaussian noise on each of K outputs f of shape (n, K).
 
     A value: what learns the noise goes on with another one.
 
     Parameters
     ----------
-    noise_variance : float, default=1.0
-        σ², in squared units of the targets.
+    noise_variance : float or tuple of K floats, default=1.0
+        σ², in squared units of the targets: one for all outputs, or one for each.
     learned : bool, default=False
         Whether that is only where it begins.
     log_units : float, default=0.0
@@ -244,100 +255,137 @@ class Gaussian:
         that densities are those of t.
     """
 
-    noise_variance: float = 1.0
+    noise_variance: float | tuple[float, ...] = 1.0
     learned: bool = False
     log_units: float = 0.0
 
+    @property
+    def variances(self) -> tuple[float, ...]:
+        """σ² of each noise that there is."""
+        found = self.noise_variance
+        return found if isinstance(found, tuple) else (found,)
+
+    @property
+    def deviations(self) -> tuple[float, ...]:
+        """σ of each noise that there is."""
+        return tuple(math.sqrt(variance) for variance in self.variances)
+
+    def _figure(
+        self, function: Callable[[float], float], outputs: torch.Tensor
+    ) -> torch.Tensor | float:
+        """A function of σ², for each output; a number where there is one noise."""
+        found = [function(variance) for variance in self.variances]
+        return found[0] if len(found) == 1 else outputs.new_tensor(found)  # (K,)
+
     def log_prob(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """log p(y | f) of each row, summed over outputs, in nats."""
-        squares = (outputs - targets).square().sum(-1) / self.noise_variance  # (n,)
-        return -0.5 * (squares + self._normaliser(outputs.shape[-1]))
+        return self.log_probs(outputs, targets).sum(-1)  # (n,)
 
-    def _normaliser(self, n_outputs: int) -> float:
-        """What −2 log p of a row has beside its squares."""
-        return n_outputs * math.log(2 * math.pi * self.noise_variance) - 2 * self.log_units
+    def log_probs(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """log p(y | f) of each number, (n, K), in nats; units are dealt out evenly."""
+        squares = (outputs - targets).square() / self._figure(float, outputs)  # (n, K)
+        n_outputs = outputs.shape[-1]
+        normaliser = self._figure(lambda variance: self._normaliser(variance, n_outputs), outputs)
+        return -0.5 * (squares + normaliser)
 
-    def constant_log_likelihood(self, targets: torch.Tensor, weights: torch.Tensor) -> float:
-        """Σ_n w_n log p(y_n) of the best prediction that ignores the inputs, in nats.
+    def _normaliser(self, variance: float, n_outputs: int) -> float:
+        """What −2 log p of a number has beside its square."""
+        return math.log(2 * math.pi * variance) - 2 * self.log_units / n_outputs
+
+    def _of_each(self, n_outputs: int) -> tuple[float, ...]:
+        """σ² of each output."""
+        return self.variances * n_outputs if len(self.variances) == 1 else self.variances
+
+    def constant_log_likelihoods(
+        self, targets: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[float, ...]:
+        """Σ_n w_n log p(y_n) of the best prediction that ignores the inputs, by output, in nats.
 
         That is the weighted mean. The noise is the present one.
         """
         targets, weights = targets.double(), weights.double()
-        total = weights.sum()
-        squares = (targets - weights @ targets / total).square().sum(-1)
-        normaliser = total * self._normaliser(targets.shape[-1])
-        return -0.5 * (weights @ squares / self.noise_variance + normaliser).item()
+        mean = weights @ targets / weights.sum()
+        return tuple((weights @ self.log_probs(mean.expand_as(targets), targets)).tolist())
 
     @property
     def pace(self) -> float:
-        """What a step along the plain gradient is multiplied by: σ².
+        """What a step along the plain gradient is multiplied by: σ², the least of several.
 
-        Then the steps are those of least squares. In nats the gradient rises without bound as
-        the noise falls.
+        Then the steps are those of least squares, or shorter. In nats the gradient rises without
+        bound as the noise falls.
         """
-        return self.noise_variance
+        return min(self.variances)
 
     def n_columns(self, n_outputs: int) -> int:
         """Of the exact root of the output Hessian, K."""
         return n_outputs
 
     def log_hyperparameters(self) -> list[float]:
-        """Logarithms of what is learned beside the precisions: log 1/σ², or nothing."""
-        return [-math.log(self.noise_variance)] if self.learned else []
+        """Logarithms of what is learned beside the precisions: log 1/σ² of each, or nothing."""
+        return [-math.log(variance) for variance in self.variances] if self.learned else []
 
     def with_log_hyperparameters(self, values: Sequence[float]) -> "Gaussian":
         """The same with other :meth:`log_hyperparameters`."""
-        return replace(self, noise_variance=math.exp(-values[0])) if self.learned else self
+        return self._with([math.exp(-value) for value in values]) if self.learned else self
 
-    def noise(self, log_likelihood: float, n_observations: float, n_outputs: int) -> Noise | None:
+    def _with(self, variances: Sequence[float]) -> "Gaussian":
+        several = isinstance(self.noise_variance, tuple)
+        return replace(self, noise_variance=tuple(variances) if several else variances[0])
+
+    def noise(self, log_likelihoods: Sequence[float], n_observations: float) -> Noise | None:
         """What the evidence has to know, None for a noise that stays.
 
         Parameters
         ----------
-        log_likelihood : float
-            Of N = ``n_observations``, at the present noise.
+        log_likelihoods : sequence of K floats
+            Of N = ``n_observations``, at the present noise, by output.
         n_observations : float
-        n_outputs : int
-            K.
         """
         if not self.learned:
             return None
-        squares = self._squares(log_likelihood, n_observations, n_outputs)
-        n_numbers = n_observations * n_outputs
-        return Noise(-math.log(self.noise_variance), squares, n_numbers)
+        squares = self._squares(log_likelihoods, n_observations)
+        n_numbers = n_observations * len(log_likelihoods) / len(squares)
+        return Noise(tuple(self.log_hyperparameters()), squares, n_numbers)
 
-    def _squares(self, log_likelihood: float, n_observations: float, n_outputs: int) -> float:
-        """Σ w ‖y − f‖², from a log likelihood at the present noise."""
-        rest = -2 * log_likelihood - n_observations * self._normaliser(n_outputs)
-        return max(rest * self.noise_variance, 0.0)
+    def _squares(
+        self, log_likelihoods: Sequence[float], n_observations: float
+    ) -> tuple[float, ...]:
+        """Σ w (y − f)² by noise, from log likelihoods of the outputs at the present one."""
+        n_outputs = len(log_likelihoods)
+        found = []
+        for value, variance in zip(log_likelihoods, self._of_each(n_outputs), strict=True):
+            rest = -2 * value - n_observations * self._normaliser(variance, n_outputs)
+            found.append(max(rest * variance, 0.0))
+        return tuple(found) if len(self.variances) > 1 else (sum(found),)
 
-    def at_best_noise(
-        self, log_likelihood: float, n_observations: float, n_outputs: int
-    ) -> "Gaussian":
+    def at_best_noise(self, log_likelihoods: Sequence[float], n_observations: float) -> "Gaussian":
         """The same with the noise that is best for the same residuals, their mean square.
 
         No smaller than :data:`LEAST_VARIANCE`.
         """
-        squares = self._squares(log_likelihood, n_observations, n_outputs)
-        best = max(squares / (n_observations * n_outputs), LEAST_VARIANCE)
-        return replace(self, noise_variance=best)
+        squares = self._squares(log_likelihoods, n_observations)
+        n_numbers = n_observations * len(log_likelihoods) / len(squares)
+        return self._with([max(some / n_numbers, LEAST_VARIANCE) for some in squares])
 
-    def score(self, log_likelihood: float, n_observations: float, n_outputs: int) -> float:
+    def score(self, log_likelihoods: Sequence[float], n_observations: float) -> float:
         """The log likelihood of each of some observations at the best noise, in nats.
 
         At a noise that has still to be found, or that is taken to be much smaller than what is
         left to be learnt, log likelihoods would be no measure of how far predictions differ.
         """
-        best = self.at_best_noise(log_likelihood, n_observations, n_outputs)
-        squares = self._squares(log_likelihood, n_observations, n_outputs) / n_observations
-        return -0.5 * (squares / best.noise_variance + best._normaliser(n_outputs))
+        n_outputs, best = len(log_likelihoods), self.at_best_noise(log_likelihoods, n_observations)
+        squares = self._squares(log_likelihoods, n_observations)
+        parts = zip(squares, best.variances, strict=True)
+        left = sum(some / variance for some, variance in parts) / n_observations
+        normalisers = (self._normaliser(v, n_outputs) for v in best._of_each(n_outputs))
+        return -0.5 * (left + sum(normalisers))
 
     def explained(
-        self, log_likelihood: float, constant: float, n_observations: float, n_outputs: int
+        self, log_likelihoods: Sequence[float], constants: Sequence[float], n_observations: float
     ) -> float:
         """R², 1 − Σ w ‖y − f‖² / Σ w ‖y − ȳ‖²; 1 where there is nothing to explain."""
         left, whole = (
-            self._squares(value, n_observations, n_outputs) for value in (log_likelihood, constant)
+            sum(self._squares(values, n_observations)) for values in (log_likelihoods, constants)
         )
         return 1.0 if whole <= LEAST_VARIANCE * n_observations else 1.0 - left / whole
 
@@ -362,23 +410,27 @@ class Gaussian:
         return outputs
 
     def hessian_root(self, outputs: torch.Tensor) -> torch.Tensor:
-        """R = I/σ with R Rᵀ = −∂² log p / ∂f², shape (n, K, K)."""
+        """R = diag(1/σ) with R Rᵀ = −∂² log p / ∂f², shape (n, K, K): a column for each output."""
         eye = torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
-        return (eye / math.sqrt(self.noise_variance)).expand(len(outputs), -1, -1)
+        return (eye / self._figure(math.sqrt, outputs)).expand(len(outputs), -1, -1)
 
     def hessian_sketch(
         self, outputs: torch.Tensor, n_sketches: int, generator: torch.Generator
     ) -> torch.Tensor:
-        """Random columns v with E[v vᵀ] = I/σ², shape (n, K, n_sketches)."""
-        return _signs(outputs, n_sketches, generator) / math.sqrt(n_sketches * self.noise_variance)
+        """Random columns v with E[v vᵀ] = diag(1/σ²), shape (n, K, n_sketches)."""
+        signs = _signs(outputs, n_sketches, generator).transpose(1, 2)  # (n, n_sketches, K)
+        deviations = self._figure(lambda variance: math.sqrt(n_sketches * variance), outputs)
+        return (signs / deviations).transpose(1, 2)
 
     def hessian_trace(self, outputs: torch.Tensor) -> torch.Tensor:
         """Trace of −∂² log p / ∂f², the same for each row, shape (n,)."""
-        return outputs.new_full((len(outputs),), outputs.shape[-1] / self.noise_variance)
+        trace = sum(1 / variance for variance in self._of_each(outputs.shape[-1]))
+        return outputs.new_full((len(outputs),), trace)
 
     def hessian_labels(
         self, outputs: torch.Tensor, n_labels: int, generator: torch.Generator
     ) -> torch.Tensor:
         """Random columns ε/σ² with noise ε of variance σ², shape (n, K, n_labels)."""
-        noise = torch.randn((*outputs.shape, n_labels), generator=generator)
-        return noise.to(outputs) / math.sqrt(n_labels * self.noise_variance)
+        noise = torch.randn((*outputs.shape, n_labels), generator=generator).to(outputs)
+        deviations = self._figure(lambda variance: math.sqrt(n_labels * variance), outputs)
+        return (noise.transpose(1, 2) / deviations).transpose(1, 2)

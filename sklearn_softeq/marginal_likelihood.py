@@ -6,9 +6,12 @@ Nothing in λ, μ depends on δ: one eigendecomposition serves any number of ste
 in closed form, ∂ log q / ∂ log δ_g = ½ (γ_g − δ_g ‖w*_g‖²). A lengthscale reaches λ, μ and the
 likelihood: there each evidence gives a gradient for one step.
 
-The precision β = 1/σ² of a Gaussian noise that is learned is one precision more, the last of the
-vector of logarithms: the curvature is in proportion to it, so that another β comes to the same in
-λμ/δ as other δ.
+The precisions β_k = 1/σ²_k of Gaussian noises that are learned, one for each output, are as many
+precisions more, the last of the vector of logarithms. The curvature is H = Σ_k β_k G_k: where all β
+rise alike that comes to the same in λμ/δ as other δ. Where they do not, each eigenvalue follows
+what each output has of it, which is right to first order: steps are few, and after them the
+curvature is found anew. All figures are exact at the β at which it was found, at those in
+proportion to them, and in a linear model, where the G_k have eigenvectors in common.
 """
 
 import math
@@ -79,8 +82,8 @@ class LaplaceEvidence:
     factors : dict of str to Kronecker, optional
         The curvature itself, for :meth:`linear_term`.
     noise : Noise, optional
-        That is learned, and at which all of this was found. The vectors of log precisions have a
-        last entry, log β, then.
+        Those that are learned, and at which all of this was found. The vectors of log precisions
+        have their log β as last entries then.
     """
 
     log_likelihood: float
@@ -113,7 +116,8 @@ class LaplaceEvidence:
         """½ Σ_g ∇_gᵀ (H_g + δ_g)⁻¹ ∇_g, which the estimate lacks away from a mode, in nats.
 
         It expands the log joint around w* as if that were a mode. With the gradient there the
-        same expansion has its mode elsewhere, and by so much more under it.
+        same expansion has its mode elsewhere, and by so much more under it. The curvature is taken
+        to have risen as a whole, with the mean of all log β.
 
         Parameters
         ----------
@@ -122,7 +126,7 @@ class LaplaceEvidence:
         log_precision : tensor
             log δ, at which these gradients were taken.
         """
-        precisions, rise = log_precision.exp(), self._rise(log_precision)
+        precisions, rise = log_precision.exp(), self._common_rise(log_precision)
         return 0.5 * sum(
             factor.inverse_form(gradients[name], precisions[self.index[name]].item() / rise) / rise
             for name, factor in self.factors.items()
@@ -131,21 +135,24 @@ class LaplaceEvidence:
     def balance(self, log_precision: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """c γ, with c the charge, and ‖w‖² of each entry; zero for tensors that are not in use.
 
-        For the noise N K, and the squares that the posterior expects, Σ w ‖y − f‖² + Σ_g γ_g / β.
-        At the mode's squares and N K − Σ γ, as in MacKay's formula, balance is at the same β; but
-        block by block Σ γ may exceed N K, and here each step is one of expectation maximisation,
-        which raises the evidence always. No more is expected than what the mean leaves, N K for
-        targets of unit variance, if the network does not leave more. Neither charges nor the
-        weight of the log determinants touch it: with less than all of γ a close fit would call
-        for a small noise, and that for a closer fit.
+        For a noise N, and the squares that the posterior expects, Σ w (y_k − f_k)² + γ_k / β_k,
+        with γ_k = Σ_g tr H_gk (H_g + δ_g)⁻¹ the dimensions that output k determines. At the
+        mode's squares and N − γ_k, as in MacKay's formula, balance is at the same β; but block by
+        block γ_k may exceed N, and here each step is one of expectation maximisation, which
+        raises the evidence always. No more is expected than what the mean leaves, N for targets
+        of unit variance, if the network does not leave more. Neither charges nor the weight of
+        the log determinants touch it: with less than all of γ a close fit would call for a small
+        noise, and that for a closer fit.
         """
         found = self._of_each(Spectrum.effective_dimensions, log_precision)
         gamma = torch.zeros_like(log_precision).index_put((self._places,), self._charges * found)
         squares = torch.zeros_like(log_precision).index_put((self._places,), self._squares)
         if self.noise is not None:
-            n, left = self.noise.n_numbers, self.noise.squares
-            expected = left + (found.sum() / log_precision[-1].exp()).item()  # Eq. noise
-            gamma[-1], squares[-1] = n, min(expected, max(left, n))
+            n, left = self.noise.n_numbers, log_precision.new_tensor(self.noise.squares)
+            determined = self._of_each(Spectrum.dimensions_of_outputs, log_precision).sum(0)
+            expected = left + determined / log_precision[-len(left) :].exp()  # Eq. noise
+            gamma[-len(left) :] = n
+            squares[-len(left) :] = expected.minimum(left.clamp_min(n))
         return gamma, squares
 
     def gradient(self, log_precision: torch.Tensor) -> torch.Tensor:
@@ -157,30 +164,43 @@ class LaplaceEvidence:
         """∂ log q / ∂ log ω of each map with a lengthscale, activations held fixed in log det.
 
         Log determinants count as far as they have come to count for the precisions. Charges are
-        about the precisions alone.
+        about the precisions alone. The slope of the log likelihood is taken to have risen with the
+        mean of all log β.
         """
-        gradient, rise = {}, self._rise(log_precision)
+        gradient, rise = {}, self._common_rise(log_precision)
         for name, slope in self.slopes.items():
             tensor = f"{name}.weight"
-            precision = log_precision[self.index[tensor]].exp() / rise
-            log_det_slope = self.spectra[tensor].log_det_slope(precision).item()
+            precision = log_precision[self.index[tensor]].exp()
+            log_det_slope = self._raised(tensor, log_precision).log_det_slope(precision).item()
             # Eq. gradient in ω
             gradient[name] = rise * slope - 0.5 * self.log_det_weight * log_det_slope
         return gradient
 
-    def _rise(self, log_precision: torch.Tensor) -> float:
-        """What the curvature is multiplied by: β, in units of that at which it was taken."""
+    def _log_rises(self, log_precision: torch.Tensor) -> torch.Tensor:
+        """What was added to each log β since the curvature was found; nothing without noises."""
         if self.noise is None:
-            return 1.0
-        return math.exp(log_precision[-1].item() - self.noise.log_precision)
+            return log_precision.new_zeros(0)
+        before = log_precision.new_tensor(self.noise.log_precisions)
+        return log_precision[-len(before) :] - before
+
+    def _common_rise(self, log_precision: torch.Tensor) -> float:
+        """What the curvature as a whole is multiplied by."""
+        rises = self._log_rises(log_precision)
+        return math.exp(rises.mean().item()) if len(rises) else 1.0
+
+    def _raised(self, name: str, log_precision: torch.Tensor) -> Spectrum:
+        """The spectrum of a tensor at other β."""
+        rises = self._log_rises(log_precision)
+        return self.spectra[name].raised(rises.exp()) if len(rises) else self.spectra[name]
 
     def _log_likelihood_at(self, log_precision: torch.Tensor) -> float:
         if self.noise is None:
             return self.log_likelihood
-        change = log_precision[-1].item() - self.noise.log_precision
-        precisions = math.exp(self.noise.log_precision), math.exp(log_precision[-1].item())
-        squares = (precisions[1] - precisions[0]) * self.noise.squares
-        return self.log_likelihood + 0.5 * (self.noise.n_numbers * change - squares)
+        rises = self._log_rises(log_precision)
+        before = log_precision.new_tensor(self.noise.log_precisions).exp()
+        squares = before * rises.expm1() * log_precision.new_tensor(self.noise.squares)
+        change = self.noise.n_numbers * rises - squares
+        return self.log_likelihood + 0.5 * change.sum().item()
 
     # Of the tensors in use, in the order of ``spectra``; many steps ask for them.
 
@@ -200,17 +220,17 @@ class LaplaceEvidence:
     def _of_each(
         self, function: Callable[[Spectrum, float], torch.Tensor], log_precision: torch.Tensor
     ) -> torch.Tensor:
-        """A figure of each spectrum at its precision; a curvature s H at δ is H at δ/s."""
-        rise = self._rise(log_precision)
-        at = (log_precision.exp()[self._places] / rise).tolist()
-        found = [function(each, p) for each, p in zip(self.spectra.values(), at, strict=True)]
+        """A figure of each spectrum at its precision."""
+        at = log_precision.exp()[self._places].tolist()
+        raised = (self._raised(name, log_precision) for name in self.spectra)
+        found = [function(each, p) for each, p in zip(raised, at, strict=True)]
         return torch.stack(found) if found else log_precision.new_zeros(0)
 
 
 class FixedPointSolver:
     """MacKay's fixed point δ = c γ / ‖w‖² (charge c, usually 1), damped in the logarithm.
 
-    And σ² = (Σ w ‖y − f‖² + Σ γ σ²) / N K, of a noise that is learned.
+    And σ²_k = (Σ w (y_k − f_k)² + γ_k σ²_k) / N, of noises that are learned.
 
     Parameters
     ----------

@@ -1,12 +1,16 @@
-"""The bridge to scikit-learn's callbacks: a fit is a task, and each of its epochs one below it.
+"""What is told of a fit while it lasts: printed lines, and scikit-learn's callbacks.
 
-They are new and experimental there; where they are missing, fits have none.
+To these a fit is a task, and each of its epochs one below it. They are new and experimental there;
+where they are missing, fits have none.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from skorch.callbacks import Callback
+
+from .training import SoftEquivariantNet
 
 try:
     from sklearn.callback import CallbackSupportMixin
@@ -16,7 +20,10 @@ except ImportError:  # another version of scikit-learn
         """Stands for a scikit-learn without callbacks."""
 
 
-__all__ = ["CallbackSupportMixin", "FitTasks"]
+__all__ = ["CallbackSupportMixin", "FitTasks", "ProgressLine"]
+
+#: Noises that a line of output lists one by one.
+MOST_NOISES = 4
 
 
 class FitTasks(Callback):
@@ -67,3 +74,66 @@ class FitTasks(Callback):
     def ended(self) -> None:
         """The estimator is fitted."""
         self.root.call_on_fit_task_end(**self.about, reconstruction_attributes={})
+
+
+class ProgressLine(Callback):
+    """Prints a line at each evaluation; to stand before the course among the callbacks.
+
+    Parameters
+    ----------
+    unit : ndarray of shape (K,) or (1,)
+        What the deviation of a noise is multiplied by to be in units of its target.
+    """
+
+    def __init__(self, unit: np.ndarray):
+        self.unit = unit
+
+    def on_train_begin(self, net, **kwargs):
+        evidence = net.course.evidence
+        self._start = net.course.start.name
+        if evidence.steps and not net.history and net.processes_.rank == 0:
+            print(f"curvature: {evidence.chosen.describe(len(net.data_))}")
+
+    def on_epoch_end(self, net, **kwargs):
+        course, epoch, last = net.course, len(net.history), net.history[-1]
+        if not course.evidence.due(epoch) or net.processes_.rank > 0:
+            return
+        if course.start.name != self._start:
+            self._start = course.start.name
+            print(f"start: {self._start}, anew, as the symmetric pathways had learnt too little")
+        cap = "" if course.endless else f"/{net.max_epochs}"
+        line = f"epoch {epoch}{cap}: loss {last['train_loss']:.4f}"
+        if "log_marginal_likelihood" in last:
+            line += f", {_evidence(last['log_marginal_likelihood'], net.data_.n_observations)}"
+        print(f"{line} nats per observation{self._state(net)}")
+
+    def ended(self, net: SoftEquivariantNet, evidence: float, n_observations: float) -> None:
+        """Say how a fit has ended, from the last evidence."""
+        if net.interrupted_:
+            how = "broken off by an interrupt"
+        elif net.course.capped:
+            how = "cap reached, not converged"
+        else:
+            how = "converged" if net.course.converged else "stopped by a callback"
+        found = f"{_evidence(evidence, n_observations)} nats per observation"
+        print(f"end after epoch {len(net.history)}: {how}; {found}{self._state(net)}")
+
+    def _state(self, net: SoftEquivariantNet) -> str:
+        """The noise, if there is one, and what is on."""
+        said = ""
+        if deviations := net.criterion_.deviations:
+            noises = [f"{value:.3g}" for value in deviations * self.unit]
+            listed = ", ".join(noises) if len(noises) <= MOST_NOISES else _range(noises)
+            said = f", noise {listed}"
+        layers = net.module_.layers.values()
+        on = [on for block in layers for on in block.enabled.values()]
+        return f"{said}, {sum(on)} of {len(on)} pathways on in {len(layers)} layers"
+
+
+def _evidence(value: float, n_observations: float) -> str:
+    return f"log evidence {value / n_observations:.4f}"
+
+
+def _range(numbers: list[str]) -> str:
+    """The least and the greatest of many."""
+    return f"{min(numbers, key=float)} to {max(numbers, key=float)}"

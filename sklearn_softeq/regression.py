@@ -1,6 +1,6 @@
 """The regressor: parameters, what it makes of numbers, and predictions with their deviations."""
 
-import math
+import json
 from numbers import Real
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from .base import SoftEquivariantBase
 from .docstrings import completed_from
 from .estimators import SoftEquivariantClassifier
 from .likelihoods import Gaussian
+from .onnx_export import Output, Unscaled, exported
 from .predictive import laplace_variances
 from .simplification import simplified
 from .validation import check_same_outputs, distinct_targets, mean_and_scale
@@ -25,10 +26,10 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
     """A network from images to numbers that learns which symmetry each of its layers should keep.
 
     Layers, priors and evidence are those of :class:`SoftEquivariantClassifier`. The likelihood is
-    Gaussian: one or more numbers of each image, each with independent noise, whose size is learned
-    with the precisions by the evidence. Within, each output has the mean 0 and the deviation 1
-    that its targets have in the training data, as priors of unit size presume, and all outputs
-    have one noise in these units. What is reported is in the units of the targets.
+    Gaussian: one or more numbers of each image, each with independent noise of its own, whose size
+    is learned with the precisions by the evidence. Within, each output has the mean 0 and the
+    deviation 1 that its targets have in the training data, as priors of unit size presume. What is
+    reported is in the units of the targets.
 
     Parameters
     ----------
@@ -60,12 +61,15 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         their sum divided by the root of their number (the paper, which takes the mean).
     {prior_precision}
     noise : "learned" or float, default="learned"
-        Standard deviation of the noise. "learned": it ascends the evidence with the precisions,
-        by σ² = (Σ (y − f)² + γ σ²) / N K, the mean square that the posterior of the weights
-        expects (MacKay's fixed point, in steps that cannot overshoot); it begins at the deviation
-        of the targets, or, after trials, at the error on the rows held out of them. A number, in
-        units of the targets: it stays; the outputs are taken to have one unit then, and are
-        divided by one scale.
+        Standard deviation of the noise. "learned": that of each output ascends the evidence with
+        the precisions, by σ² = (Σ (y − f)² + γ σ²) / N with γ the effective dimensions that this
+        output determines, the mean square that the posterior of the weights expects (MacKay's
+        fixed point, in steps that cannot overshoot); it begins at the deviation of the targets,
+        or, after trials, at the error on the rows held out of them. γ is exact under the
+        approximation of the curvature, but for large factors, of which each output has its part
+        by the traces, and for random columns, with which parts are estimated from a few rows. A
+        number, in units of the targets: it stays, for all outputs; they are taken to have one
+        unit then, and are divided by one scale.
     {burn_in}
     {evidence_every}
     {hyper_solver}
@@ -131,7 +135,8 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
     {channel_mean_}
     target_mean_, target_scale_ : ndarray of shape (K,)
         What targets are centred by and divided by, within: mean and standard deviation, 1 where an
-        output is constant. With a fixed ``noise`` the scale is one for all.
+        output is constant, or the size of its mean in a first chunk of ``partial_fit``. With a
+        fixed ``noise`` the scale is one for all.
     noise_std_ : ndarray of shape (K,)
         Standard deviation of the noise of each output, in units of its targets.
     {net_}
@@ -149,7 +154,12 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         pathways, if they led by what ``start`` says, if they alone predicted better than the mean
         of the targets, or if the symmetry had then learnt next to nothing.
     {scores_}
-    {history_}
+    history_ : dict of ndarray
+        By evaluation: "epoch", "n_observations" (N at that time), "log_likelihood", "scatter",
+        "log_det_ratio" and "log_marginal_likelihood" = log_likelihood − ½ scatter −
+        ½ log_det_ratio, in nats; "noise", of shape (evaluations, K), the deviations of the noise
+        after it, in units of the targets; "curvature" and "curvature_rows", how the curvature was
+        estimated.
     {log_marginal_likelihood_value_}
     {evidence_linear_term_}
     {prior_precisions_by_name_}
@@ -338,7 +348,8 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
 
         N is the weight of all chunks so far, so a second pass over the same rows counts them
         again; the evidence is that of the present chunk, scaled up to N. Standardisation, that of
-        the targets, too, is that of the first chunk. After a warm-up of five calls the learning
+        the targets, too, is that of the first chunk, which should have several different rows.
+        After a warm-up of five calls the learning
         rate stays constant; burn-in, evidence and ``hyper_warmup`` count calls as epochs. With
         ``predictive="laplace"`` each call leaves a posterior, whose curvature is that of its
         chunk, scaled up to N.
@@ -360,6 +371,11 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         ------
         ValueError
             As in ``fit``; if there are more or fewer numbers for each row than in the first call.
+
+        Warns
+        -----
+        UserWarning
+            If a target or a channel of the images does not vary in the first chunk.
         """
         return self._partial_fit(X, y, sample_weight)
 
@@ -371,20 +387,27 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
     def _likelihood(self) -> Gaussian:
         log_units = -np.log(self.target_scale_).sum().item()
         if self.noise == "learned":
-            return Gaussian(1.0, True, log_units)
+            return Gaussian((1.0,) * self._n_outputs, True, log_units)
         return Gaussian((self.noise / self.target_scale_[0].item()) ** 2, False, log_units)
 
-    def _encoded(self, y, present, known):
-        self._one_number = y.ndim == 1
+    @property
+    def _target_unit(self) -> np.ndarray:
+        return self.target_scale_
+
+    def _encoded(self, y, present, known, first):
+        if first:  # chunks are free to have it otherwise
+            self._one_number = y.ndim == 1
         return distinct_targets(y, present)
 
-    def _targets(self, values, codes, weights, first):
+    def _targets(self, values, codes, weights, first, more):
         targets = values[codes]  # (n, K)
         if first:
-            self.target_mean_, self.target_scale_ = mean_and_scale(targets, weights)
+            self.target_mean_, self.target_scale_ = mean_and_scale(targets, weights, more)
             if self.noise != "learned":
                 apart = (targets - self.target_mean_).reshape(-1, 1)
                 _, common = mean_and_scale(apart, np.repeat(weights, targets.shape[1]))
+                if more and not apart.any():
+                    common = self.target_scale_.max()  # the size of what does not vary
                 self.target_scale_ = np.full_like(self.target_scale_, common.item())
         check_same_outputs(targets.shape[1], self._n_outputs)
         return (targets - self.target_mean_) / self.target_scale_
@@ -394,7 +417,9 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
 
     def _record(self, net, data, outcome):
         super()._record(net, data, outcome)
-        self.noise_std_ = math.sqrt(net.criterion_.noise_variance) * self.target_scale_
+        noises = [row["noise"] * self.target_scale_ for row in net.history if "noise" in row]
+        self.history_["noise"] = np.reshape(noises, (-1, self._n_outputs))
+        self.noise_std_ = np.array(net.criterion_.deviations) * self.target_scale_
 
     def _compared(self, X):
         return self._map_outputs(X).numpy()
@@ -482,3 +507,37 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         """
         check_is_fitted(self)
         return simplified(self, X, threshold, tol)
+
+    def export_onnx(self, path):
+        """Write the network as an ONNX graph, which other runtimes compute without Python.
+
+        Its input ``images``, float32 of shape (n, C, H, W) for any n, are images as ``fit`` takes
+        them (rows of features have to be brought into this shape); standardisation is part of the
+        graph. Its output ``prediction``, float32 of shape (n, K), a column where y was a vector,
+        is that of ``predict`` in the units of the targets, but for rounding. Where two of the
+        grids that a strided layer chooses from are as large as each other, rounding may choose the
+        other one. Pathways that are off are left out. The metadata hold ``noise_std``, as JSON;
+        what ``predictive="laplace"`` adds to that is not in the graph.
+
+        Needs the extra ``onnx``: ``pip install 'sklearn-softeq[onnx]'``.
+
+        Parameters
+        ----------
+        path : str or path-like
+            File to be written, usually with the ending ``.onnx``.
+
+        Returns
+        -------
+        str or path-like
+            ``path``.
+
+        Raises
+        ------
+        ImportError
+            If the packages onnx and onnxscript are not installed.
+        """
+        check_is_fitted(self)
+        link = Unscaled(self.target_mean_, self.target_scale_)
+        noise = {"noise_std": json.dumps(self.noise_std_.tolist())}
+        exported(self, Output("prediction", link, noise)).save(path)
+        return path

@@ -184,7 +184,7 @@ class SoftEquivariantNet(NeuralNet):
             groups[id(tensor)]["pace"] = pace
 
     def log_hyperparameters(self) -> torch.Tensor:
-        """log δ, and the logarithm of the noise's precision as a last entry if it is learned."""
+        """log δ, and as last entries the logarithms of the noises' precisions that are learned."""
         log_precision = self.prior_.log_precision.cpu()
         noise = self.criterion_.log_hyperparameters()
         if not noise:
@@ -200,7 +200,12 @@ class SoftEquivariantNet(NeuralNet):
         )
 
     def _set_likelihood(self, likelihood: Any) -> None:
-        """Take a likelihood of another noise; what is remembered of gradients follows it."""
+        """Take a likelihood of another noise; what is remembered of gradients follows it.
+
+        Where noises change unlike each other nothing that was summed over outputs can follow all
+        of them. It follows the least one, which has the most of gradients and curvature; and what
+        has gone down and up again is as it was.
+        """
         rise = self.criterion_.pace / likelihood.pace
         self.criterion_ = likelihood
         if rise == 1.0:
@@ -363,21 +368,25 @@ class SoftEquivariantNet(NeuralNet):
         group = self.optimizer_.param_groups[0]
         return group["lr"] / (1.0 - group.get("momentum", 0.0))
 
-    @torch.no_grad()
     def log_likelihood(self, data: TrainingData) -> float:
         """Σ w log p(y | x, w) of some data, the same in all processes."""
-        total = 0.0
+        return sum(self.log_likelihoods(data))
+
+    @torch.no_grad()
+    def log_likelihoods(self, data: TrainingData) -> list[float]:
+        """The same of each of the numbers that are predicted."""
+        total = torch.zeros(data.n_targets, dtype=torch.float64)
         for inputs, targets, weights in data.in_order(rows_of_a_pass(self.module_)):
-            log_prob = self.criterion_.log_prob(self.module_(inputs), targets)
-            total += torch.dot(weights.double(), log_prob.double()).item()
-        return self.processes_.agreed(total)
+            log_probs = self.criterion_.log_probs(self.module_(inputs), targets)  # (n, K)
+            total += (weights.double() @ log_probs.double()).cpu()
+        return self.processes_.agreed(total.tolist())
 
     def fit_noise(self, data: TrainingData) -> None:
         """Go on with the noise that some data show, where it is learned."""
         if not self.criterion_.log_hyperparameters():
             return
         found = self.criterion_.at_best_noise(*self._judged(data))
-        if math.isfinite(found.noise_variance):
+        if all(math.isfinite(deviation) for deviation in found.deviations):
             self._set_likelihood(found)
 
     def score(self, data: TrainingData) -> float:
@@ -386,12 +395,12 @@ class SoftEquivariantNet(NeuralNet):
 
     def constant_score(self, data: TrainingData) -> float:
         """The same of the best prediction that ignores the inputs."""
-        constant = self.criterion_.constant_log_likelihood(data.targets, data.weights)
-        return self.criterion_.score(constant, data.weights.sum().item(), data.n_targets)
+        constants = self.criterion_.constant_log_likelihoods(data.targets, data.weights)
+        return self.criterion_.score(constants, data.weights.sum().item())
 
-    def _judged(self, data: TrainingData) -> tuple[float, float, int]:
-        """Log likelihood of some data, of how many observations, of how many numbers each."""
-        return self.log_likelihood(data), data.weights.sum().item(), data.n_targets
+    def _judged(self, data: TrainingData) -> tuple[list[float], float]:
+        """Log likelihoods of the numbers in some data, and of how many observations."""
+        return self.log_likelihoods(data), data.weights.sum().item()
 
     @torch.no_grad()
     def temper(self, log_likelihood: float) -> None:
@@ -407,9 +416,9 @@ class SoftEquivariantNet(NeuralNet):
 
     def explained(self) -> float:
         """The part of what can be explained that is: 0 for a network that ignores its inputs."""
-        log_likelihood, *size = self._judged(self.data_)
-        constant = self.criterion_.constant_log_likelihood(self.data_.targets, self.data_.weights)
-        return self.criterion_.explained(log_likelihood, constant, *size)
+        log_likelihoods, n_observations = self._judged(self.data_)
+        constants = self.criterion_.constant_log_likelihoods(self.data_.targets, self.data_.weights)
+        return self.criterion_.explained(log_likelihoods, constants, n_observations)
 
     @full_precision()
     def log_joint_gradients(self) -> dict[str, torch.Tensor]:

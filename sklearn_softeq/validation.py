@@ -299,22 +299,43 @@ def distinct_targets(y: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np
     return codes, values
 
 
-def mean_and_scale(targets: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted mean and standard deviation of each output; 1 for one that is constant.
+def mean_and_scale(
+    targets: np.ndarray, weights: np.ndarray, more: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted mean of each output, and its scale, see :func:`scale_of`.
 
     Parameters
     ----------
     targets : ndarray of shape (n, K)
     weights : ndarray of shape (n,)
+    more : bool, default=False
+        Whether more is to come.
     """
     mean = np.average(targets, axis=0, weights=weights)
     apart = targets - mean
     largest = np.abs(apart).max(0)  # squares of what is divided by it neither over- nor underflow
     largest[largest == 0] = 1.0
     scale = largest * np.sqrt(np.average(np.square(apart / largest), axis=0, weights=weights))
-    # What varies by no more than rounding is constant.
-    constant = scale <= 10 * np.finfo(np.float64).eps * np.abs(mean)
-    return mean, np.where(constant, 1.0, scale)
+    return mean, scale_of(scale, mean, np.finfo(np.float64).eps, more)
+
+
+def scale_of(deviation: np.ndarray, mean: np.ndarray, eps: float, more: bool) -> np.ndarray:
+    """The deviation, but for what is constant: what varies by no more than rounding.
+
+    That is left at its own scale, 1, if all of it is there. If more is to come it has the size of
+    its mean, which is all that is known of the unit, or 1 if that is 0.
+
+    Parameters
+    ----------
+    deviation, mean : ndarray of shape (K,)
+    eps : float
+        Relative size of a rounding error.
+    more : bool
+        Whether more is to come.
+    """
+    size = np.abs(mean)
+    known = size if more else np.ones_like(size)
+    return np.where(deviation <= 10 * eps * size, np.where(known > 0, known, 1.0), deviation)
 
 
 def check_same_outputs(found: int, fitted: int) -> None:

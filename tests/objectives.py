@@ -1,7 +1,5 @@
 """The evidence of a network as it stands; linear models at the exact mode of their posterior."""
 
-import math
-
 import torch
 from cases import chain
 from references import linear_regression_log_evidence, linear_regression_map
@@ -15,11 +13,10 @@ from sklearn_softeq.marginal_likelihood import LaplaceEvidence
 
 def laplace(network, likelihood, batch, prior, **options):
     """The objective of a network as it stands."""
-    found = kronecker_factors(network, likelihood, [batch], **options)
+    apart = len(likelihood.log_hyperparameters()) > 1
+    found = kronecker_factors(network, likelihood, [batch], apart=apart, **options)
     norms = squared_norms(dict(network.named_parameters()))
-    eigenvalues = spectra(found.factors)
-    _, targets, weights = batch
-    n, n_outputs = weights.sum().item(), targets[:1].numel()
+    eigenvalues = spectra(found.factors, parts=found.parts)
     return LaplaceEvidence(
         found.log_likelihood,
         eigenvalues,
@@ -27,7 +24,7 @@ def laplace(network, likelihood, batch, prior, **options):
         prior.index,
         slopes=found.slopes,
         factors=found.factors,
-        noise=likelihood.noise(found.log_likelihood, n, n_outputs),
+        noise=likelihood.noise(found.log_likelihoods, batch[2].sum().item()),
     )
 
 
@@ -72,9 +69,18 @@ class LinearModel:
         ]
         return torch.cat(columns)
 
+    def of_rows(self, noise_variance):
+        """σ² of each row of the design, if there is one for each output."""
+        if not isinstance(noise_variance, tuple):
+            return noise_variance
+        return torch.tensor(noise_variance, dtype=torch.float64).repeat(len(self.inputs))
+
     def to_mode(self, noise_variance):
         solution = linear_regression_map(
-            self.design, self.targets.flatten(), self.column_precisions(), noise_variance
+            self.design,
+            self.targets.flatten(),
+            self.column_precisions(),
+            self.of_rows(noise_variance),
         )
         self.set_weights(solution)
 
@@ -85,11 +91,14 @@ class LinearModel:
         return laplace(self.network, likelihood, batch, self.prior, **options)
 
     def hyperparameters(self, noise_variance):
-        """log δ, and log 1/σ² as the last one."""
-        noise = self.prior.log_precision.new_tensor([-math.log(noise_variance)])
-        return torch.cat([self.prior.log_precision, noise])
+        """log δ, and log 1/σ² of each noise as the last ones."""
+        noise = Gaussian(noise_variance, True).log_hyperparameters()
+        return torch.cat([self.prior.log_precision, self.prior.log_precision.new_tensor(noise)])
 
     def closed_form(self, noise_variance):
         return linear_regression_log_evidence(
-            self.design, self.targets.flatten(), self.column_precisions(), noise_variance
+            self.design,
+            self.targets.flatten(),
+            self.column_precisions(),
+            self.of_rows(noise_variance),
         )

@@ -535,9 +535,9 @@ def binary_predictive(mean: float, variance: float, n_points: int = 20001) -> fl
 
 
 def linear_regression_log_evidence(
-    design: Tensor, targets: Tensor, precisions: Tensor, noise_variance: float
+    design: Tensor, targets: Tensor, precisions: Tensor, noise_variance: float | Tensor
 ) -> float:
-    """log N(y | 0, Φ diag(1/δ) Φᵀ + σ² I): Φ (n, P), y (n,), δ (P,)."""
+    """log N(y | 0, Φ diag(1/δ) Φᵀ + diag(σ²)): Φ (n, P), y (n,), δ (P,), σ² a number or (n,)."""
     covariance = (design / precisions) @ design.T
     covariance = covariance + noise_variance * torch.eye(len(targets), dtype=targets.dtype)
     zeros = torch.zeros_like(targets)
@@ -546,8 +546,8 @@ def linear_regression_log_evidence(
 
 
 def linear_regression_map(
-    design: Tensor, targets: Tensor, precisions: Tensor, noise_variance: float
+    design: Tensor, targets: Tensor, precisions: Tensor, noise_variance: float | Tensor
 ) -> Tensor:
-    """argmax of −‖y − Φw‖²/2σ² − ½ Σ δ w², shape (P,)."""
-    hessian = design.T @ design / noise_variance + torch.diag(precisions)
-    return torch.linalg.solve(hessian, design.T @ targets / noise_variance)
+    """argmax of −Σ (y − Φw)²/2σ² − ½ Σ δ w², shape (P,); σ² a number or (n,)."""
+    weighed = design.T / noise_variance
+    return torch.linalg.solve(weighed @ design + torch.diag(precisions), weighed @ targets)

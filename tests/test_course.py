@@ -27,7 +27,7 @@ from skorch.callbacks import Callback
 from sklearn_softeq import course
 from sklearn_softeq.anchors import Interpolation
 from sklearn_softeq.batches import TrainingData
-from sklearn_softeq.course import EvidenceStep, Preconditioner, ProgressLine
+from sklearn_softeq.course import EvidenceStep, Preconditioner
 from sklearn_softeq.curvature import kronecker_factors
 from sklearn_softeq.kfac import KFAC
 from sklearn_softeq.likelihoods import Categorical, Gaussian
@@ -1277,17 +1277,3 @@ def test_a_spent_course_keeps_no_weights():
     net, _ = scripted(RISING, schedule="cooldown", max_epochs=8)
     assert net.course.best is None
     assert net.course.mean.weights == {}
-
-
-def test_progress_line(capsys):
-    net = net_of(burn_in=2, every=2, max_epochs=5, callbacks=[("progress", ProgressLine())])
-    data = data_of()
-    net.partial_fit(data)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["curvature", "epoch 2", "epoch 4"]
-    assert lines.pop(0) == "curvature: exact, all rows"
-    evidence = net.history[1, "log_marginal_likelihood"] / data.n_observations
-    assert lines[0] == (
-        f"epoch 2: loss {net.history[1, 'train_loss']:.4f}, log evidence {evidence:.4f} "
-        "nats per observation, 4 of 4 pathways on"
-    )

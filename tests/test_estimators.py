@@ -315,7 +315,7 @@ def test_what_was_chosen_stands_in_the_history(digits, capsys):
     clf.set_params(curvature="rademacher", curvature_samples=1, curvature_subset=20)
     capsys.readouterr()
     clf.fit(*digits)
-    said = capsys.readouterr().out.splitlines()[1]
+    said = capsys.readouterr().out.splitlines()[2]
     assert said == f"curvature: Rademacher sketches: 1, 20 of {n} rows"
     assert set(clf.history_["curvature"]) == {"rademacher"}
     assert set(clf.history_["curvature_rows"]) == {20}
@@ -344,12 +344,18 @@ def test_the_last_evidence_sees_all_rows(digits):
 def test_output_is_silent_unless_asked(digits, capsys):
     SoftEquivariantClassifier(**FAST).fit(*digits)
     assert capsys.readouterr().out == ""
-    SoftEquivariantClassifier(**FAST, verbose=1).fit(*digits)
+    clf = SoftEquivariantClassifier(**FAST, verbose=1).fit(*digits)
     lines = capsys.readouterr().out.splitlines()
     assert lines.pop(0).startswith("trials, log likelihood of held-out rows: p1 ")
+    assert lines.pop(0) in ("start: p1", "start: joint")
     assert lines.pop(0) == "curvature: exact, all rows"
-    assert [line.split(":")[0] for line in lines] == [f"epoch {e}" for e in range(5, 61, 5)]
+    last = lines.pop()
+    assert [line.split(":")[0] for line in lines] == [f"epoch {e}/60" for e in range(5, 61, 5)]
     assert "log evidence" in lines[0]
+    evidence = f"{clf.log_marginal_likelihood_value_ / len(digits[1]):.4f}"
+    assert last.startswith(
+        f"end after epoch 60: cap reached, not converged; log evidence {evidence}"
+    )
 
 
 def test_warning_at_the_cap_and_none_when_converged(digits):
@@ -956,7 +962,9 @@ def test_training_goes_on_from_the_best_symmetry(digits, optimizer, capsys):
     again = SoftEquivariantClassifier(**SEVERAL, optimizer=optimizer, verbose=1)
     assert again.fit(images, labels).symmetry_trials_ == scores
     found = f"p4 {scores['p4']:.3f}, p1 {scores['p1']:.3f} nats per observation"
-    assert f"trials, log likelihood of held-out rows: {found}\n" in capsys.readouterr().out
+    best = max(scores, key=scores.get)
+    said = f"trials, log likelihood of held-out rows: {found}\nstart: {best}\n"
+    assert said in capsys.readouterr().out
     np.testing.assert_array_equal(again.predict_proba(images), clf.predict_proba(images))
 
 

@@ -103,6 +103,9 @@ def test_constant_channels_beside_others():
     clf = SoftEquivariantClassifier(**SHORT).fit(X, y)
     assert_finite(clf, X)
     assert clf.channel_scale_[1] == 1.0
+    with pytest.warns(UserWarning, match="a channel of the images did not vary"):
+        clf = SoftEquivariantClassifier(**SHORT).partial_fit(X, y, np.unique(y))
+    assert clf.channel_scale_[1] == 7.0  # the size of what may vary later
 
 
 @pytest.mark.parametrize("conflicting", [False, True])

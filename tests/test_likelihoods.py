@@ -259,7 +259,7 @@ def test_links():
 def test_constant_log_likelihood_is_the_best_constant():
     targets = torch.tensor([0, 2, 2, 0, 2])  # class 1 is missing
     weights = torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0], dtype=torch.float64)
-    found = Categorical().constant_log_likelihood(targets, weights)
+    (found,) = Categorical().constant_log_likelihoods(targets, weights)
     # By ascent over the logits of a constant prediction.
     logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-10)
@@ -273,7 +273,8 @@ def test_constant_log_likelihood_is_the_best_constant():
 
     optimizer.step(loss)
     assert found == pytest.approx(-loss().item(), abs=1e-4)
-    assert Categorical().constant_log_likelihood(torch.zeros(4, dtype=torch.long), weights[:4]) == 0
+    single = torch.zeros(4, dtype=torch.long)
+    assert Categorical().constant_log_likelihoods(single, weights[:4]) == (0,)
 
 
 # ── the scale of logits
@@ -300,7 +301,14 @@ def test_logits_are_not_scaled_up_or_away():
 
 # ── noise
 
-NOISY = [Gaussian(0.2, True, 0.7), Gaussian(3.0), Gaussian(1e-3, True)]
+UNLIKE = (0.2, 9.0, 1e-3)
+NOISY = [
+    Gaussian(0.2, True, 0.7),
+    Gaussian(3.0),
+    Gaussian(1e-3, True),
+    Gaussian(UNLIKE, True, 0.7),
+    Gaussian(UNLIKE),
+]
 each_noise = pytest.mark.parametrize("likelihood", NOISY, ids=str)
 
 
@@ -310,9 +318,9 @@ def weighted_numbers(n=7, k=3):
 
 
 def of_all(likelihood, outputs, targets, weights):
-    """Log likelihood, number of observations, K: as likelihoods are told of them."""
-    log_prob = likelihood.log_prob(outputs, targets)
-    return (weights @ log_prob).item(), weights.sum().item(), outputs.shape[1]
+    """Log likelihoods by output, number of observations: as likelihoods are told of them."""
+    log_probs = likelihood.log_probs(outputs, targets)
+    return (weights @ log_probs).tolist(), weights.sum().item()
 
 
 def test_densities_are_in_the_units_that_they_are_said_to_be():
@@ -332,13 +340,16 @@ def test_squares_are_told_from_the_log_likelihood(likelihood):
         assert likelihood.log_hyperparameters() == []
         assert likelihood.with_log_hyperparameters([]) == likelihood
         return
-    squares = (weights @ (outputs - targets).square().sum(1)).item()
-    assert noise.squares == pytest.approx(squares, rel=1e-9)
-    assert noise.n_numbers == pytest.approx(3 * weights.sum().item())
-    assert noise.log_precision == -math.log(likelihood.noise_variance)
-    assert likelihood.log_hyperparameters() == [noise.log_precision]
-    other = likelihood.with_log_hyperparameters([math.log(4.0)])
-    assert other.noise_variance == pytest.approx(0.25)
+    squares = weights @ (outputs - targets).square()  # (K,)
+    several = isinstance(likelihood.noise_variance, tuple)
+    expected = squares.tolist() if several else [squares.sum().item()]
+    assert noise.squares == pytest.approx(expected, rel=1e-9)
+    assert noise.n_numbers == pytest.approx((1 if several else 3) * weights.sum().item())
+    assert noise.log_precisions == tuple(-math.log(v) for v in likelihood.variances)
+    assert likelihood.log_hyperparameters() == list(noise.log_precisions)
+    other = likelihood.with_log_hyperparameters([math.log(4.0)] * len(expected))
+    assert other.variances == pytest.approx([0.25] * len(expected))
+    assert isinstance(other.noise_variance, tuple) == several
     assert (other.learned, other.log_units) == (True, likelihood.log_units)
 
 
@@ -347,34 +358,44 @@ def test_the_best_noise_is_the_best(likelihood):
     outputs, targets, weights = weighted_numbers()
     told = of_all(likelihood, outputs, targets, weights)
     best = likelihood.at_best_noise(*told)
-    value = of_all(best, outputs, targets, weights)[0]
+    value = sum(of_all(best, outputs, targets, weights)[0])
     assert likelihood.score(*told) == pytest.approx(value / told[1], rel=1e-9)
-    for factor in (0.9, 1.1):
-        near = dataclasses.replace(best, noise_variance=factor * best.noise_variance)
-        assert of_all(near, outputs, targets, weights)[0] < value
+    for i, factor in product(range(len(best.variances)), (0.9, 1.1)):
+        variances = list(best.variances)
+        variances[i] *= factor
+        near = tuple(variances) if len(variances) > 1 else variances[0]
+        near = dataclasses.replace(best, noise_variance=near)
+        assert sum(of_all(near, outputs, targets, weights)[0]) < value
 
 
 @each_noise
 def test_the_best_constant_is_the_mean(likelihood):
     _, targets, weights = weighted_numbers()
-    found = likelihood.constant_log_likelihood(targets, weights)
+    found = likelihood.constant_log_likelihoods(targets, weights)
     mean = (weights @ targets / weights.sum()).expand_as(targets)
     assert found == pytest.approx(of_all(likelihood, mean, targets, weights)[0])
     for shift in (-0.1, 0.1):
-        assert of_all(likelihood, mean + shift, targets, weights)[0] < found
+        others = of_all(likelihood, mean + shift, targets, weights)[0]
+        assert all(other < best for other, best in zip(others, found, strict=True))
 
 
 @each_noise
 def test_what_is_explained_is_the_share_of_the_variance(likelihood):
     outputs, targets, weights = weighted_numbers()
-    log_likelihood, *size = of_all(likelihood, outputs, targets, weights)
-    constant = likelihood.constant_log_likelihood(targets, weights)
-    found = likelihood.explained(log_likelihood, constant, *size)
+    log_likelihoods, n_observations = of_all(likelihood, outputs, targets, weights)
+    constants = likelihood.constant_log_likelihoods(targets, weights)
+    found = likelihood.explained(log_likelihoods, constants, n_observations)
     apart = targets - weights @ targets / weights.sum()
     left, whole = (weights @ d.square().sum(1) for d in (outputs - targets, apart))
     assert found == pytest.approx(1 - (left / whole).item(), rel=1e-9)
-    # And it says where the score is, from that of the constant.
-    scores = [likelihood.score(value, *size) for value in (log_likelihood, constant)]
+    # And it says where the score is, from that of the constant, if it is so of each noise.
+    alike = weights @ apart.square() * (1 - found)
+    alike = Gaussian(tuple(alike.tolist()), log_units=likelihood.log_units)
+    at = [
+        -0.5 * (left / v + n_observations * alike._normaliser(v, 3))
+        for left, v in zip(alike.variances, likelihood._of_each(3), strict=True)
+    ]
+    scores = [likelihood.score(values, n_observations) for values in (at, constants)]
     assert likelihood.score_of(found, scores[1], 3) == pytest.approx(scores[0])
     nothing = torch.zeros_like(targets)
     told = of_all(likelihood, nothing, nothing, weights)
@@ -386,7 +407,8 @@ def test_scores_of_labels_are_what_they_are():
     outputs, targets = random_logits(), torch.arange(6) % 5
     weights = torch.rand(6, dtype=torch.float64)
     told = of_all(CATEGORICAL, outputs, targets, weights)
-    assert CATEGORICAL.score(*told) == told[0] / told[1]
+    assert CATEGORICAL.score(*told) == told[0][0] / told[1]
+    assert CATEGORICAL.deviations == ()
     assert CATEGORICAL.at_best_noise(*told) is CATEGORICAL
     assert CATEGORICAL.noise(*told) is None
     assert CATEGORICAL.log_hyperparameters() == []
@@ -409,6 +431,38 @@ def test_the_pace_makes_steps_those_of_least_squares(variance):
     (found,) = torch.autograd.grad(likelihood.log_prob(outputs, targets).sum(), outputs)
     torch.testing.assert_close(likelihood.pace * found, (targets - outputs).detach())
     assert CATEGORICAL.pace == 1.0
+
+
+def test_at_the_pace_of_several_noises_no_step_is_longer_than_that():
+    outputs, targets, _ = weighted_numbers()
+    outputs.requires_grad_()
+    likelihood = Gaussian(UNLIKE)
+    (found,) = torch.autograd.grad(likelihood.log_prob(outputs, targets).sum(), outputs)
+    steps, longest = likelihood.pace * found, (targets - outputs).detach()
+    assert (steps.abs() <= longest.abs() * (1 + 1e-12)).all()
+    torch.testing.assert_close(steps[:, 2], longest[:, 2])  # of the quietest
+
+
+def test_a_noise_for_each_output():
+    outputs, targets, _ = weighted_numbers()
+    likelihood, variances = Gaussian(UNLIKE), torch.tensor(UNLIKE, dtype=torch.float64)
+    density = torch.distributions.Normal(outputs, variances.sqrt()).log_prob(targets)
+    torch.testing.assert_close(likelihood.log_probs(outputs, targets), density)
+    torch.testing.assert_close(likelihood.log_prob(outputs, targets), density.sum(1))
+    assert likelihood.deviations == pytest.approx(variances.sqrt().tolist())
+    hessian = negative_hessian(likelihood, outputs)
+    root = likelihood.hessian_root(outputs)
+    torch.testing.assert_close(square(root), hessian)
+    assert (root * (1 - torch.eye(3)) == 0).all()  # each column is of one output
+    torch.testing.assert_close(
+        likelihood.hessian_trace(outputs), hessian.diagonal(dim1=1, dim2=2).sum(1)
+    )
+    sketches = likelihood.hessian_sketch(outputs, 2, torch.Generator().manual_seed(0))
+    signs = Gaussian().hessian_sketch(outputs, 2, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sketches, signs / variances.sqrt()[:, None])
+    labels = likelihood.hessian_labels(outputs, 2, torch.Generator().manual_seed(0))
+    errors = Gaussian().hessian_labels(outputs, 2, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(labels, errors / variances.sqrt()[:, None])
 
 
 def test_a_mean_has_no_scale_to_bring_down():

@@ -9,10 +9,11 @@ import pytest
 import torch
 from cases import APPROXIMATE, EXACT
 from objectives import LinearModel, ascend, laplace
+from references import linear_regression_map
 
 from sklearn_softeq.curvature import kronecker_factors
 from sklearn_softeq.hyperparameters import LOG_PRECISION_BOUNDS, LayerwisePrior, squared_norms
-from sklearn_softeq.kronecker import Kronecker, Spectrum, spectra
+from sklearn_softeq.kronecker import Kronecker, Spectrum, dense, spectra
 from sklearn_softeq.layers import FC, Conv, PathwaySum
 from sklearn_softeq.likelihoods import Gaussian
 from sklearn_softeq.marginal_likelihood import (
@@ -51,7 +52,8 @@ def test_terms_against_dense_matrices():
     prior = LayerwisePrior(dict(network.named_parameters()))
     log_precision = torch.randn(len(prior.index), dtype=torch.float64)
     found = laplace(network, case.likelihood, batch, prior).evidence(log_precision)
-    factors, log_likelihood, _ = kronecker_factors(network, case.likelihood, [batch])
+    curvature = kronecker_factors(network, case.likelihood, [batch])
+    factors, log_likelihood = curvature.factors, curvature.log_likelihood
     prior.log_precision.copy_(log_precision)
     log_det = 0.0
     for name, delta in prior.precisions().items():
@@ -207,6 +209,131 @@ def test_the_noise_comes_to_where_the_exact_evidence_is_highest(rate):
     up, down = (model.closed_form(noise_variance * math.exp(h)) for h in (1e-3, -1e-3))
     assert up < reached[-1] > down
     assert (up - down) / 2e-3 == pytest.approx(0.0, abs=1e-4)
+
+
+# ── a noise for each output
+
+UNLIKE = (0.05, 0.5, 5.0)
+
+
+def unlike_model(size=1.0):
+    return linear_model(lambda: FC(2, 3, (1, 3), (1, 3)), (2, 1, 3), size)
+
+
+@pytest.mark.parametrize("at", [UNLIKE, (0.3, 0.3, 0.3), UNLIKE[::-1]], ids=str)
+def test_evidence_at_unlike_noises_is_bayesian_linear_regression(at):
+    # Each output has weights of its own, so it is exact wherever it was measured.
+    model = unlike_model()
+    model.to_mode(UNLIKE)
+    found = model.objective(at, learned=True).evidence(model.hyperparameters(UNLIKE))
+    assert found.value == pytest.approx(model.closed_form(UNLIKE), rel=0, abs=1e-6)
+
+
+def test_noises_come_to_where_each_regression_by_itself_has_them():
+    # Of three outputs with weights of their own each is a Bayesian linear regression.
+    model, apart = unlike_model(), []
+    model.targets *= torch.tensor([0.1, 0.3, 1.0], dtype=torch.float64)
+    precision = model.prior.precisions()["layer0.weight"]
+    model.prior.set_precision("layer0.bias", precision)
+    design = torch.cat([model.inputs.flatten(1), torch.ones(25, 1, dtype=torch.float64)], 1)
+    solver = FixedPointSolver(1.0)
+    for target in model.targets.T:
+        variance, precisions = 0.5, torch.full((7,), precision, dtype=torch.float64)
+        for _ in range(300):
+            weights = linear_regression_map(design, target, precisions, variance)
+            hessian = design.T @ design / variance + torch.diag(precisions)
+            gamma = 7 - (precisions / hessian.inverse().diagonal().reciprocal()).sum().item()
+            left = (target - design @ weights).square().sum().item()
+            variance = (left + gamma * variance) / 25
+        apart.append(variance)
+    assert max(apart) > 10 * min(apart)
+    found = (0.5, 0.5, 0.5)
+    for _ in range(300):
+        model.to_mode(found)
+        at = model.hyperparameters(found)
+        moved = solver.step(model.objective(found, learned=True), at)
+        found = tuple((-moved[-3:]).exp().tolist())
+    assert found == pytest.approx(apart, rel=1e-6)
+
+
+def dense_dimensions(factor, parts, precision):
+    """tr H_k (H + δ)⁻¹ from dense matrices, with H_k of the k-th part of the right factor."""
+    of_outputs = [Kronecker(dense(factor.left), part).to_dense() for part in parts]
+    whole = sum(of_outputs)
+    inverse = torch.linalg.inv(whole + precision * torch.eye(len(whole), dtype=whole.dtype))
+    return [torch.trace(part @ inverse).item() for part in of_outputs]
+
+
+def unlike_case():
+    case = BY_NAME["all-gaussian"]
+    network, inputs = case.network(), case.inputs(9)
+    prior = LayerwisePrior(dict(network.named_parameters()))
+    targets, weights = case.targets(network(inputs).detach()), torch.rand(9).double() + 0.5
+    variances = tuple(torch.logspace(-1.0, 0.5, targets.shape[1]).tolist())
+    return network, (inputs, targets, weights), prior, Gaussian(variances, True)
+
+
+def test_dimensions_of_each_output_against_dense_matrices():
+    network, batch, prior, likelihood = unlike_case()
+    objective = laplace(network, likelihood, batch, prior)
+    parts = kronecker_factors(network, likelihood, [batch], apart=True).parts
+    for name, spectrum in objective.spectra.items():
+        found = spectrum.dimensions_of_outputs(0.7)
+        expected = dense_dimensions(objective.factors[name], parts[name], 0.7)
+        assert found.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        assert found.sum().item() == pytest.approx(spectrum.effective_dimensions(0.7).item())
+
+
+def test_by_traces_dimensions_are_right_where_outputs_are_alike(monkeypatch):
+    monkeypatch.setattr("sklearn_softeq.curvature.APART_NUMBERS", 0)
+    model = unlike_model()
+    found = model.objective((0.3,) * 3, learned=True)
+    for spectrum in found.spectra.values():
+        apart = spectrum.dimensions_of_outputs(1.3)
+        whole = spectrum.effective_dimensions(1.3).expand(3) / 3
+        torch.testing.assert_close(apart, whole)
+    # And in any case they are those of the layer, dealt out by the traces of the parts.
+    network, batch, prior, likelihood = unlike_case()
+    objective = laplace(network, likelihood, batch, prior)
+    monkeypatch.undo()
+    parts = kronecker_factors(network, likelihood, [batch], apart=True).parts
+    for name, spectrum in objective.spectra.items():
+        traces = parts[name].diagonal(dim1=2, dim2=3).sum(2)  # (K, B)
+        expected = (traces / traces.sum(0))[..., None].expand_as(spectrum.shares)
+        torch.testing.assert_close(spectrum.shares, expected)
+
+
+def test_figures_at_noises_that_have_changed_a_little():
+    # To first order in how unlike the changes are they are those that are found there.
+    network, batch, prior, likelihood = unlike_case()
+    here = laplace(network, likelihood, batch, prior)
+    way = torch.linspace(-1, 1, len(likelihood.variances), dtype=torch.float64)
+    errors = []
+    for size in (0.2, 0.1):
+        at = torch.cat([prior.log_precision, torch.tensor(here.noise.log_precisions).double()])
+        at[-len(way) :] += size * way
+        moved = likelihood.with_log_hyperparameters(at[-len(way) :].tolist())
+        there = laplace(network, moved, batch, prior)
+        found, expected = here.evidence(at), there.evidence(at)
+        assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-9)
+        errors.append(abs(found.log_det_ratio - expected.log_det_ratio))
+    assert errors[0] < 0.01 * expected.log_det_ratio
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.3)
+
+
+def test_gradient_in_unlike_noises_against_central_differences():
+    network, batch, prior, likelihood = unlike_case()
+    with torch.no_grad():
+        batch = (batch[0], network(batch[0]) + 0.1 * batch[1], batch[2])
+    objective, h = laplace(network, likelihood, batch, prior), 1e-4
+    n_noises = len(likelihood.variances)
+    at = torch.cat([prior.log_precision + 6, -torch.rand(n_noises, dtype=torch.float64)])
+    slope = objective.gradient(at)
+    for i in range(len(at)):
+        step = torch.zeros_like(at)
+        step[i] = h
+        up, down = (objective.evidence(at + s).value for s in (step, -step))
+        assert (up - down) / (2 * h) == pytest.approx(slope[i].item(), rel=1e-5, abs=1e-5)
 
 
 def test_more_dimensions_than_numbers_ask_for_more_noise_and_no_more_than_that():

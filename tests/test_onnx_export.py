@@ -1,13 +1,19 @@
-"""The ONNX graph of a fitted classifier, computed by another runtime."""
+"""The ONNX graph of a fitted estimator, computed by another runtime."""
 
 import json
 import logging
+from datetime import date
 
 import numpy as np
 import pytest
 from sklearn.exceptions import NotFittedError
 
-from sklearn_softeq import SoftEquivariantClassifier, __version__, onnx_export
+from sklearn_softeq import (
+    SoftEquivariantClassifier,
+    SoftEquivariantRegressor,
+    __version__,
+    onnx_export,
+)
 from sklearn_softeq.layers import PATHWAYS
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -24,13 +30,13 @@ def images_of(shape, n=60, dtype=np.float32):
     return images.astype(dtype), labels
 
 
-def run(path, images):
+def run(path, images, name="probabilities"):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (given,), (found,) = session.get_inputs(), session.get_outputs()
-    assert (given.name, found.name) == ("images", "probabilities")
+    assert (given.name, found.name) == ("images", name)
     assert given.shape[1:] == list(images.shape[1:])
-    (probabilities,) = session.run(None, {"images": images})
-    return probabilities
+    (predictions,) = session.run(None, {"images": images})
+    return predictions
 
 
 def undecided(clf, images):
@@ -128,6 +134,53 @@ def test_what_is_off_is_left_out(tmp_path):
     assert abs(sizes["simple"] - sizes["less"]) < 1000
 
 
+@pytest.mark.parametrize("n_outputs", [None, 1, 3])
+def test_an_exported_regressor_predicts_the_same(tmp_path, n_outputs):
+    X, y = images_of((2, 3, 5))
+    y = 100.0 + 5.0 * X.mean((1, 2, 3)) + y
+    if n_outputs is not None:
+        y = np.stack([y * (k + 1) for k in range(n_outputs)], 1)
+    settings = {**SHORT, "pathways": "fc", "predictive": "laplace"}
+    reg = SoftEquivariantRegressor(**settings).fit(X, y)
+    path = tmp_path / "model.onnx"
+    assert reg.export_onnx(path) == path
+    expected = reg.predict(X).reshape(60, -1)
+    for rows in (slice(None), slice(1), slice(3, 10)):
+        found = run(path, X[rows], "prediction")
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected[rows], rtol=1e-5)
+    said = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
+    np.testing.assert_allclose(json.loads(said["noise_std"]), reg.noise_std_)
+
+
+DATES = np.array(["2024-02-29", "2025-01-01", "2026-12-24"], dtype="datetime64[ns]")
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (DATES, ["2024-02-29T00:00:00.000000000", "2025-01-01T00:00:00.000000000"]),
+        (DATES.astype("datetime64[D]"), ["2024-02-29", "2025-01-01"]),
+        (np.array([date(2024, 2, 29), date(2025, 1, 1)]), ["2024-02-29", "2025-01-01"]),
+        (np.array([1.5, 2.0]), [1.5, 2.0]),
+        (np.array([True, False]), [True, False]),
+        (np.array(["a", "é"], dtype=object), ["a", "é"]),
+    ],
+    ids=str,
+)
+def test_labels_of_every_kind_can_be_written(labels, said):
+    assert json.loads(onnx_export.labels_as_json(labels))[:2] == said
+
+
+def test_a_classifier_of_dates_is_exported(tmp_path):
+    X, y = images_of((1, 2, 2))
+    clf = SoftEquivariantClassifier(**SHORT, pathways="fc").fit(X, DATES[y].astype("datetime64[D]"))
+    clf.export_onnx(tmp_path / "model.onnx")
+    meta = onnxruntime.InferenceSession(tmp_path / "model.onnx").get_modelmeta()
+    found = json.loads(meta.custom_metadata_map["classes"])
+    assert found == ["2024-02-29", "2025-01-01", "2026-12-24"]
+
+
 def test_what_cannot_be_exported(tmp_path, monkeypatch):
     X, y = images_of((1, 2, 2))
     clf = SoftEquivariantClassifier(**SHORT, predictive="laplace")
@@ -139,4 +192,9 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "find_spec", lambda name: None if name == "onnx" else name)
     with pytest.raises(ImportError, match="and onnx cannot be found.*sklearn-softeq.onnx"):
         clf.set_params(predictive="map").export_onnx(tmp_path / "model.onnx")
+    reg = SoftEquivariantRegressor(**SHORT, pathways="fc")
+    with pytest.raises(NotFittedError):
+        reg.export_onnx(tmp_path / "model.onnx")
+    with pytest.raises(ImportError, match="and onnx cannot be found.*sklearn-softeq.onnx"):
+        reg.fit(X, y).export_onnx(tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())

@@ -1,9 +1,11 @@
-"""scikit-learn's callbacks hear of a fit and of each of its epochs."""
+"""scikit-learn's callbacks hear of a fit and of each of its epochs; what is printed of it."""
 
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
+from nets import ALL, data_of, net_of, numbers_of
 from sklearn.callback import ProgressBar, ScoringMonitor
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
@@ -13,6 +15,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sklearn_softeq import SoftEquivariantClassifier
+from sklearn_softeq.likelihoods import Gaussian
+from sklearn_softeq.progress import ProgressLine
 
 SHORT = {"max_epochs": 8, "width": 2, "burn_in": 2, "evidence_every": 2, "random_state": 0}
 
@@ -144,3 +148,62 @@ def test_bars_of_a_search_over_a_pipeline(n_jobs, digits, capfd):
         assert level in printed
     assert "100%" in printed
     assert search.predict(digits[0]).shape == (60,)
+
+
+# ── lines that are printed
+
+
+def test_progress_line(capsys):
+    progress = [("progress", ProgressLine(np.ones(1)))]
+    net = net_of(burn_in=2, every=2, max_epochs=5, callbacks=progress)
+    data = data_of()
+    net.partial_fit(data)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["curvature", "epoch 2/5", "epoch 4/5"]
+    assert lines.pop(0) == "curvature: exact, all rows"
+    evidence = net.history[1, "log_marginal_likelihood"] / data.n_observations
+    assert lines[0] == (
+        f"epoch 2/5: loss {net.history[1, 'train_loss']:.4f}, log evidence {evidence:.4f} "
+        "nats per observation, 4 of 4 pathways on in 2 layers"
+    )
+
+
+def test_the_last_line_says_how_training_ended(capsys):
+    line = ProgressLine(np.ones(1))
+    net = net_of(max_epochs=4, schedule="cooldown").partial_fit(data_of())
+    course = net.course
+    for converged, capped, interrupted, said in (
+        (True, False, 0, "converged"),
+        (False, True, 0, "cap reached, not converged"),
+        (False, False, 0, "stopped by a callback"),
+        (True, False, 4, "broken off by an interrupt"),
+    ):
+        course.converged, course.capped, net.interrupted_ = converged, capped, interrupted
+        line.ended(net, -24.0, 12.0)
+        assert capsys.readouterr().out == (
+            f"end after epoch 4: {said}; log evidence -2.0000 nats per observation, "
+            "4 of 4 pathways on in 2 layers\n"
+        )
+
+
+def test_noises_in_units_of_the_targets(capsys):
+    numbers = partial(Gaussian, (0.25, 1.0, 4.0), True)
+    net = net_of(criterion=numbers).partial_fit(numbers_of())
+    net.criterion_ = numbers()
+    ProgressLine(np.array([1.0, 10.0, 1e6])).ended(net, 0.0, 1.0)
+    assert ", noise 0.5, 10, 2e+06, " in capsys.readouterr().out
+    net.criterion_ = Gaussian((1.0, 4.0, 0.01, 9.0, 1.0), True)
+    ProgressLine(np.ones(5)).ended(net, 0.0, 1.0)
+    assert ", noise 0.1 to 3, " in capsys.readouterr().out
+
+
+def test_a_new_beginning_is_told(capsys, monkeypatch):
+    monkeypatch.setattr("sklearn_softeq.course.LEARNT", 2.0)
+    progress = [("progress", ProgressLine(np.ones(1)))]
+    net = net_of(start="symmetric", burn_in=2, every=2, pathways=ALL, callbacks=progress)
+    net.callbacks_.sort(key=lambda entry: entry[0] == "course")  # it comes last
+    net.partial_fit(data_of(30))
+    lines = capsys.readouterr().out.splitlines()
+    said = [line.split(":")[0] for line in lines]
+    assert said == ["curvature", "epoch 2/6", "start", "epoch 4/6", "epoch 6/6"]
+    assert lines[2].startswith("start: joint, anew")

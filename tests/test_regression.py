@@ -172,6 +172,40 @@ def test_noise_is_found():
     assert reg.score(X, y) > 0.9
 
 
+def test_each_output_has_its_own_noise():
+    rng = np.random.default_rng(0)
+    X, new = rng.normal(size=(200, 4, 4)), rng.normal(size=(500, 4, 4))
+    truth, expected = (4 * images.mean((1, 2)) for images in (X, new))
+    y = np.stack([truth, truth + rng.normal(size=200)], 1)
+    settings = {"pathways": "conv", "max_epochs": 60, "random_state": 0}
+    reg = SoftEquivariantRegressor(**settings).fit(X, y)
+    # One noise for both was .53, .74, and the errors .13, .28.
+    assert reg.noise_std_[0] < 0.02
+    assert reg.noise_std_[1] == pytest.approx(1.0, rel=0.15)
+    errors = np.sqrt(np.mean((reg.predict(new) - expected[:, None]) ** 2, axis=0))
+    assert errors[0] < 0.02
+    assert errors[1] < 0.2
+    assert reg.history_["noise"].shape == (len(reg.scores_), 2)
+    # What was found by the last of them; the cool-down's end moves it once more.
+    np.testing.assert_allclose(reg.history_["noise"][-1], reg.noise_std_, rtol=0.3)
+
+
+def test_a_noise_for_each_output_by_random_columns():
+    # Parts of the outputs come from other rows then.
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(300, 1, 2, 2))
+    truth = X.sum((1, 2, 3))[:, None]
+    y = truth + rng.normal(size=(300, 2)) * [0.1, 1.0]
+    settings = {"pathways": "fc", "width": 2, "max_epochs": 40, "random_state": 0}
+    found, expected = (
+        SoftEquivariantRegressor(**settings, hyper_warmup=5, curvature=curvature).fit(X, y)
+        for curvature in ("rademacher", "exact")
+    )
+    np.testing.assert_allclose(found.noise_std_, expected.noise_std_, rtol=0.01)
+    assert found.noise_std_[0] < 0.2
+    assert found.noise_std_[1] == pytest.approx(1.0, rel=0.05)
+
+
 def test_a_noise_that_is_given_is_in_units_of_the_targets(data):
     X, y = data
     y = y * [1.0, 30.0]
@@ -340,6 +374,49 @@ def test_chunks(data):
     assert before.shape == (40, 2)
 
 
+@pytest.mark.parametrize("noise", ["learned", 30.0])
+@pytest.mark.parametrize("first", ["one row", "constant target", "constant image"])
+def test_a_first_chunk_without_variance(first, noise):
+    rng = np.random.default_rng(0)
+    X = rng.normal(3.0, 1.0, size=(120, 4, 4))
+    y = 1000 * X.mean((1, 2)) + 30 * rng.normal(size=120)
+    settings = {"pathways": "fc", "width": 2, "random_state": 0, "noise": noise, "burn_in": 5}
+    reg = SoftEquivariantRegressor(**settings)
+    rows = slice(0, 1 if first == "one row" else 20)
+    begun = X[rows], y[rows]
+    if first == "constant target":
+        begun = X[rows], np.full(20, 2500.0)
+    if first == "constant image":
+        begun = np.full((20, 4, 4), 3.0), y[rows]
+    found = {"one row": "a target", "constant target": "a target"}
+    with pytest.warns(UserWarning, match=f"{found.get(first, 'a channel')}.* did not vary"):
+        reg.partial_fit(*begun)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(40):
+            for start in (0, 60):
+                reg.partial_fit(X[start : start + 60], y[start : start + 60])
+    assert reg.score(X, y) > 0.3
+
+
+def test_a_usual_first_chunk_is_silent(data):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SoftEquivariantRegressor(**PLAIN).partial_fit(*data)
+        dark = SoftEquivariantRegressor(**PLAIN, standardize=False)
+        dark.partial_fit(np.zeros((40, 4, 4)), data[1])
+
+
+def test_predictions_keep_the_form_of_the_first_chunk(data):
+    X, y = data
+    reg = SoftEquivariantRegressor(**PLAIN).partial_fit(X, y[:, 0])
+    reg.partial_fit(X, y[:, :1])
+    assert reg.predict(X).shape == (40,)
+    reg = SoftEquivariantRegressor(**PLAIN).partial_fit(X, y[:, :1])
+    reg.partial_fit(X, y[:, 0])
+    assert reg.predict(X).shape == (40, 1)
+
+
 def test_a_further_fit_begins_with_the_noise_of_the_last(data):
     reg = SoftEquivariantRegressor(**FAST, warm_start=True).fit(*data)
     noise = reg.net_.criterion_.noise_variance
@@ -456,6 +533,9 @@ def test_lines_that_are_printed_are_in_units_of_the_targets(data, capsys):
     last = reg.scores_[-1] / 40
     assert f"log evidence {last:.4f} nats" in said
     assert f"joint {reg.symmetry_trials_['joint']:.3f}" in said
+    for noises in (reg.history_["noise"][0], reg.noise_std_):
+        assert ", noise {:.3g}, {:.3g}, ".format(*noises) in said
+    assert f"end after epoch {reg.n_iter_}: " in said.splitlines()[-1]
 
 
 # ── what begins
@@ -484,14 +564,17 @@ def test_training_begins_with_the_error_on_rows_held_out(data, monkeypatch):
     def look(build, groups, rate, kept, held, doublings):
         found = trials.best_symmetry(build, groups, rate, kept, held, doublings)
         score = found[2][found[0].name if found[0] else "joint"]
-        mean_square = math.exp(2 * (found[1].criterion_.log_units - score) / 2 - 1) / 2 / math.pi
-        noises.extend((mean_square, found[1].criterion_.noise_variance))
+        criterion = found[1].criterion_
+        # The score is that of the error of each output.
+        mean_square = math.exp(2 * (criterion.log_units - score) / 2 - 1) / 2 / math.pi
+        noises.extend((mean_square, math.prod(criterion.deviations), criterion.noise_variance))
         return found
 
     monkeypatch.setattr("sklearn_softeq.assembly.best_symmetry", look)
     SoftEquivariantRegressor(**{**FAST, "max_epochs": 1}, callbacks=[Begin()]).fit(*data)
     assert noises[0] == pytest.approx(noises[1])
-    assert Begin.noise == noises[1]
+    assert Begin.noise == noises[2]
+    assert len(set(noises[2])) == 2
 
 
 # ── tasks

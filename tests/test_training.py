@@ -302,6 +302,35 @@ def test_what_is_remembered_of_gradients_follows_the_noise(optimizer):
             torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "kfac"])
+def test_of_several_noises_the_least_is_followed(optimizer):
+    data, first = numbers_of(9), (1.0, 0.5, 2.0)
+    net = in_training(net_of(criterion=partial(Gaussian, first, True), optimizer=optimizer), data)
+    net.update_decay()
+    net.train_step((data.inputs, (data.targets, data.weights, None, len(data))))
+    states = [net.optimizer_.state[w] for w in net.module_.parameters()]
+    if optimizer == "kfac":
+        for state in states:
+            state["right"] = torch.ones(1, 1, 1)
+    powers = {"exp_avg": 1, "exp_avg_sq": 2, "momentum_buffer": 1, "right": 1}
+    before = [{n: state[n].clone() for n in powers.keys() & state.keys()} for state in states]
+    n_precisions = len(net.prior_.log_precision)
+
+    def set_noises(*variances):
+        at = net.log_hyperparameters()
+        at[n_precisions:] = -torch.tensor(variances).log()
+        net.set_log_hyperparameters(at)
+
+    set_noises(1.0, 0.1, 8.0)
+    for state, old in zip(states, before, strict=True):
+        for name, value in old.items():
+            torch.testing.assert_close(state[name], value * 5.0 ** powers[name])
+    set_noises(0.5, 3.0, 1.0)
+    for state, old in zip(states, before, strict=True):
+        for name, value in old.items():
+            torch.testing.assert_close(state[name], value)
+
+
 def test_sgd_has_the_steps_of_least_squares():
     moved = []
     for noise_variance in (1.0, 0.01):
