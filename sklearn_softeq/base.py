@@ -276,12 +276,10 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         }
         found = " and ".join(what for what, flat in looks.items() if flat)
         if found and joined(self.device_).rank == 0:
-            warnings.warn(
+            warn(
                 f"In the first chunk {found} did not vary. All chunks are scaled as the first one, "
                 "and that was scaled by the size of its mean, which may be far from the deviation "
-                "of those to come. Begin with a chunk of several different rows.",
-                UserWarning,
-                stacklevel=5,  # past scikit-learn's wrapper, to the caller of partial_fit
+                "of those to come. Begin with a chunk of several different rows."
             )
 
     def _prepare(self, X, y, sample_weight, known=None, first=True, more=False) -> TrainingData:
