@@ -37,7 +37,7 @@ from .persistence import check_settings, check_version, packed, unpacked
 from .posterior import Posterior
 from .predictive import PREDICTIVES, map_outputs
 from .processes import alone, joined
-from .progress import CallbackSupportMixin, FitTasks
+from .progress import CallbackSupportMixin, FitTasks, check_callbacks
 from .schedules import LR_SCHEDULES, STARTS
 from .symmetry import (
     dimension_shares,
@@ -52,7 +52,6 @@ from .symmetry import (
 from .training import AMP_DTYPES, OPTIMIZERS, SoftEquivariantNet
 from .twins import twin_of
 from .validation import (
-    check_callbacks,
     check_images,
     check_names,
     check_same_shape,

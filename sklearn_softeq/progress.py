@@ -1,14 +1,20 @@
-"""What is told of a fit while it lasts: printed lines, and scikit-learn's callbacks.
+"""What is told of a fit while it lasts: printed lines, and to callbacks of scikit-learn and skorch.
 
-To these a fit is a task, and each of its epochs one below it. They are new and experimental there;
+To those of scikit-learn a fit is a task, and each epoch one below it. They are experimental there;
 where they are missing, fits have none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from skorch.callbacks import Callback
+from skorch.callbacks import (
+    BatchScoring,
+    Callback,
+    EpochScoring,
+    LRScheduler,
+    PassthroughScoring,
+)
 
 from .training import SoftEquivariantNet
 
@@ -20,7 +26,7 @@ except ImportError:  # another version of scikit-learn
         """Stands for a scikit-learn without callbacks."""
 
 
-__all__ = ["CallbackSupportMixin", "FitTasks", "ProgressLine"]
+__all__ = ["CallbackSupportMixin", "FitTasks", "ProgressLine", "check_callbacks"]
 
 #: Noises that a line of output lists one by one.
 MOST_NOISES = 4
@@ -137,3 +143,47 @@ def _evidence(value: float, n_observations: float) -> str:
 def _range(numbers: list[str]) -> str:
     """The least and the greatest of many."""
     return f"{min(numbers, key=float)} to {max(numbers, key=float)}"
+
+
+def check_callbacks(callbacks: Iterable[Any] | None, schedule: str) -> None:
+    """Whether they are skorch's, and ask for nothing that a fit does not have.
+
+    Parameters
+    ----------
+    callbacks : iterable of skorch callbacks, their classes, or pairs of a name and one, or None
+    schedule : str
+        The ``lr_schedule``.
+
+    Raises
+    ------
+    TypeError
+        If one is no skorch callback.
+    ValueError
+        If one needs validation data or batches of skorch's own, or would set the rate beside us.
+    """
+    for entry in callbacks or ():
+        callback = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+        if isinstance(callback, type) and issubclass(callback, Callback):
+            callback = callback()  # as skorch does
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f"callbacks= takes skorch callbacks, got {callback!r}. Those of scikit-learn are "
+                "set with set_callbacks."
+            )
+        name = type(callback).__name__
+        if isinstance(callback, EpochScoring | BatchScoring | PassthroughScoring):
+            raise ValueError(
+                f"{name} needs a validation set or batches of skorch's own. Scores of each epoch "
+                "come from scikit-learn's ScoringMonitor, which is set with set_callbacks."
+            )
+        monitor = vars(callback).get("monitor")
+        if isinstance(monitor, str) and monitor.startswith("valid_"):
+            raise ValueError(
+                f"{name} monitors {monitor!r}, but there is no validation set. An EarlyStopping "
+                "can monitor 'train_loss', a Checkpoint None or a function of the net."
+            )
+        if isinstance(callback, LRScheduler) and schedule != "constant":
+            raise ValueError(
+                f"{name} and lr_schedule={schedule!r} would both set the rate. Set "
+                "lr_schedule='constant'."
+            )

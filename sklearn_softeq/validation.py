@@ -5,7 +5,7 @@ images too; the shape of the images is kept beside them.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -16,19 +16,11 @@ from sklearn.utils import column_or_1d
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, validate_data
-from skorch.callbacks import (
-    BatchScoring,
-    Callback,
-    EpochScoring,
-    LRScheduler,
-    PassthroughScoring,
-)
 
 from .devices import own_device
 from .notices import warn
 
 __all__ = [
-    "check_callbacks",
     "check_classes",
     "check_images",
     "check_incremental_class_weight",
@@ -422,50 +414,6 @@ def check_names(names: Any, allowed: Collection[str], parameter: str) -> tuple[s
             f"{sorted(allowed)}" + (f"; unknown: {unknown}." if unknown else ".")
         )
     return listed
-
-
-def check_callbacks(callbacks: Iterable[Any] | None, schedule: str) -> None:
-    """Whether they are skorch's, and ask for nothing that a fit does not have.
-
-    Parameters
-    ----------
-    callbacks : iterable of skorch callbacks, their classes, or pairs of a name and one, or None
-    schedule : str
-        The ``lr_schedule``.
-
-    Raises
-    ------
-    TypeError
-        If one is no skorch callback.
-    ValueError
-        If one needs validation data or batches of skorch's own, or would set the rate beside us.
-    """
-    for entry in callbacks or ():
-        callback = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
-        if isinstance(callback, type) and issubclass(callback, Callback):
-            callback = callback()  # as skorch does
-        if not isinstance(callback, Callback):
-            raise TypeError(
-                f"callbacks= takes skorch callbacks, got {callback!r}. Those of scikit-learn are "
-                "set with set_callbacks."
-            )
-        name = type(callback).__name__
-        if isinstance(callback, EpochScoring | BatchScoring | PassthroughScoring):
-            raise ValueError(
-                f"{name} needs a validation set or batches of skorch's own. Scores of each epoch "
-                "come from scikit-learn's ScoringMonitor, which is set with set_callbacks."
-            )
-        monitor = vars(callback).get("monitor")
-        if isinstance(monitor, str) and monitor.startswith("valid_"):
-            raise ValueError(
-                f"{name} monitors {monitor!r}, but there is no validation set. An EarlyStopping "
-                "can monitor 'train_loss', a Checkpoint None or a function of the net."
-            )
-        if isinstance(callback, LRScheduler) and schedule != "constant":
-            raise ValueError(
-                f"{name} and lr_schedule={schedule!r} would both set the rate. Set "
-                "lr_schedule='constant'."
-            )
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

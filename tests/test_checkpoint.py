@@ -972,6 +972,7 @@ RESTART = """
 """
 
 
+@pytest.mark.slow
 def test_code_of_a_script_is_known_again_after_a_restart(tmp_path):
     script = tmp_path / "fit.py"
     script.write_text(textwrap.dedent(RESTART))

@@ -1121,6 +1121,7 @@ def log_det_weight(clf, epoch):
     return clf.net_.course.evidence.log_det_weight(epoch)
 
 
+@pytest.mark.slow
 def test_hyper_warmup_counts_epochs_up_to_a_quarter_of_all(digits, monkeypatch):
     # Released in epoch 5 after the trials.
     monkeypatch.setattr(trials, "MARGIN", np.inf)
