@@ -7,17 +7,15 @@ the history of a long training is much of it, and says some things twice. Nothin
 executed, whoever made it.
 """
 
-import json
 import math
 import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Blob", "from_blob", "to_blob"]
+from .trees import from_json, opened, packed, to_json
 
-#: Bytes that say how long the JSON is.
-LENGTH = 8
+__all__ = ["Blob", "from_blob", "to_blob"]
 
 #: Content of so many bytes at most is compressed. Of more nearly all are weights, which hardly get
 #: smaller and would take long.
@@ -55,13 +53,12 @@ def to_blob(tree: Any) -> Blob:
         None, bool, int, float, str, arrays and scalars of NumPy's, and lists, tuples and
         dictionaries of them, but for subclasses, are plain; anything may stand between them.
     """
-    encoder = _Encoder()
-    # Each dictionary of the JSON has one key, which says what it stands for.
-    text = json.dumps(encoder(tree), separators=(",", ":")).encode()
-    content = b"".join([len(text).to_bytes(LENGTH, "little"), text, *encoder.parts])
+    found = _Found()
+    plain = to_json(tree, found)
+    content = b"".join(packed(plain, found.parts))
     small = len(content) <= SMALL
     content = COMPRESSED + zlib.compress(content) if small else PLAIN + content
-    return Blob(np.frombuffer(content, np.uint8), encoder.others)
+    return Blob(np.frombuffer(content, np.uint8), found.others)
 
 
 def from_blob(blob: Blob) -> Any:
@@ -73,15 +70,13 @@ def from_blob(blob: Blob) -> Any:
         If it is none of :func:`to_blob`'s.
     """
     try:
-        content = _opened(np.asarray(blob.content, np.uint8).tobytes())
-        begin = LENGTH + int.from_bytes(content[:LENGTH], "little")
-        plain = json.loads(bytes(content[LENGTH:begin]))
-        return _Decoder(content[begin:], blob.others)(plain)
+        plain, numbers = opened(_inflated(np.asarray(blob.content, np.uint8).tobytes()))
+        return from_json(plain, _Leaves(numbers, blob.others))
     except (ValueError, TypeError, LookupError, RecursionError, zlib.error) as error:
         raise ValueError(f"This is not what a model was saved as: {error}") from error
 
 
-def _opened(content: bytes) -> memoryview:
+def _inflated(content: bytes) -> memoryview:
     """What has been compressed, or has not, without its first byte."""
     if content[:1] == COMPRESSED:
         # No more than was ever put in, whatever a file says.
@@ -89,8 +84,8 @@ def _opened(content: bytes) -> memoryview:
     return memoryview(content)[1:]
 
 
-class _Encoder:
-    """From a tree to what JSON takes, with what it does not take beside it."""
+class _Found:
+    """The bytes of arrays on the way into JSON, and what it does not take."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -98,14 +93,6 @@ class _Encoder:
 
     def __call__(self, value: Any) -> Any:
         kind = type(value)
-        if value is None or kind in (bool, int, float, str):
-            return value
-        if kind is list:
-            return [self(item) for item in value]
-        if kind is tuple:
-            return {"tuple": [self(item) for item in value]}
-        if kind is dict:
-            return {"dict": [[self(k), self(v)] for k, v in value.items()]}
         if kind is np.ndarray and value.dtype.kind in NUMBERS + STRINGS:
             order = "C" if value.flags.c_contiguous or not value.flags.f_contiguous else "F"
             self.parts.append(value.tobytes(order))
@@ -119,24 +106,15 @@ class _Encoder:
         return {"other": len(self.others) - 1}
 
 
-class _Decoder:
-    """The way back."""
+class _Leaves:
+    """Arrays, from their bytes in the order in which they are met, and what stood beside."""
 
     def __init__(self, numbers: memoryview, others: list[Any]):
         self.numbers = numbers
         self.others = others
 
-    def __call__(self, plain: Any) -> Any:
-        if isinstance(plain, list):
-            return [self(item) for item in plain]
-        if not isinstance(plain, dict):
-            return plain
-        ((kind, found),) = plain.items()
+    def __call__(self, kind: str, found: Any) -> Any:
         match kind:
-            case "tuple":
-                return tuple(self(item) for item in found)
-            case "dict":
-                return {self(key): self(value) for key, value in found}
             case "array":
                 return self._array(*found)
             case "strings":

@@ -6,7 +6,6 @@ strings and containers of them, whoever wrote the file.
 """
 
 import hashlib
-import json
 import math
 import os
 import tempfile
@@ -18,16 +17,21 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from .trees import from_json, opened, packed, to_json
+
 __all__ = ["DamagedError", "ForeignError", "digest", "read", "write"]
 
 _MAGIC = b"sklearn_softeq record 1\n"
-_DIGEST, _LENGTH = 64, 8  # bytes: SHA-256 in hexadecimal digits; the length of the JSON
+_DIGEST = 64  # bytes of SHA-256 in hexadecimal digits
 
 #: The types of tensors by their names in a file.
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool)
 }
+
+#: What instances of subclasses are written as.
+_BASES: tuple[type, ...] = (int, float, str, list, tuple, dict)
 
 
 class DamagedError(ValueError):
@@ -86,9 +90,8 @@ def read(path: Path) -> Any:
     if _digest([body]).encode() != content[len(_MAGIC) : begin]:
         raise DamagedError(f"{path} is not complete, or has been changed.")
     try:
-        length = int.from_bytes(body[:_LENGTH], "little")
-        plain = json.loads(bytes(body[_LENGTH : _LENGTH + length]))
-        return _Decoder(body[_LENGTH + length :])(plain)
+        plain, blobs = opened(body)
+        return from_json(plain, _Leaves(blobs))
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, RuntimeError) as error:
         raise DamagedError(f"{path} has no record that can be read: {error}") from error
 
@@ -135,28 +138,21 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 def _parts(tree: Any) -> list[Any]:
     """What is written, as bytes or views of them."""
     blobs: list[Any] = []
-    # Each dictionary of the JSON has one key, which says what it stands for.
-    text = json.dumps(_plain(tree, blobs), separators=(",", ":")).encode()
-    return [len(text).to_bytes(_LENGTH, "little"), text, *blobs]
 
+    def leaf(value: Any) -> Any:
+        match value:
+            case torch.Tensor():
+                return {"tensor": _plain_tensor(value.detach().cpu(), blobs)}
+            case np.ndarray() if value.dtype.kind == "U":
+                return to_json(value.tolist(), leaf)
+            case np.ndarray():
+                return leaf(_tensor(value))
+        for base in _BASES:
+            if isinstance(value, base):
+                return to_json(base(value), leaf)
+        raise TypeError(f"{type(value).__name__} is neither a plain value nor a tensor.")
 
-def _plain(value: Any, blobs: list[Any]) -> Any:
-    match value:
-        case None | bool() | int() | float() | str():
-            return value
-        case list():
-            return [_plain(item, blobs) for item in value]
-        case tuple():
-            return {"tuple": [_plain(item, blobs) for item in value]}
-        case dict():
-            return {"dict": [[_plain(k, blobs), _plain(v, blobs)] for k, v in value.items()]}
-        case np.ndarray() if value.dtype.kind == "U":
-            return _plain(value.tolist(), blobs)
-        case np.ndarray():
-            return _plain(_tensor(value), blobs)
-        case torch.Tensor():
-            return {"tensor": _plain_tensor(value.detach().cpu(), blobs)}
-    raise TypeError(f"{type(value).__name__} is neither a plain value nor a tensor.")
+    return packed(to_json(tree, leaf), blobs)
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
@@ -186,25 +182,16 @@ def _fills(shape: Iterable[int], strides: Iterable[int]) -> bool:
     return 0 in shape or last + 1 == math.prod(shape)
 
 
-class _Decoder:
-    """From JSON, and the bytes of tensors in the order in which they are met, to a tree."""
+class _Leaves:
+    """Tensors, from their bytes in the order in which they are met."""
 
     def __init__(self, blobs: memoryview):
         self.blobs = blobs
 
-    def __call__(self, plain: Any) -> Any:
-        if isinstance(plain, list):
-            return [self(item) for item in plain]
-        if not isinstance(plain, dict):
-            return plain
-        ((kind, found),) = plain.items()
-        if kind == "tuple":
-            return tuple(self(item) for item in found)
-        if kind == "dict":
-            return {self(key): self(value) for key, value in found}
-        if kind == "tensor":
-            return self._tensor(*found)
-        raise KeyError(kind)
+    def __call__(self, kind: str, found: Any) -> torch.Tensor:
+        if kind != "tensor":
+            raise KeyError(kind)
+        return self._tensor(*found)
 
     def _tensor(self, name: str, shape: list[int], strides: list[int]) -> torch.Tensor:
         dtype = _DTYPES[name]

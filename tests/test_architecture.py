@@ -23,6 +23,7 @@ ORDER = (
     "processes",
     "memory",
     "twins",
+    "trees",
     "records",
     "blobs",
     "descriptions",
