@@ -1001,15 +1001,15 @@ def kill(process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.2, math.inf])
-def test_killed_at_any_moment(share, data, tmp_path):
+@pytest.mark.parametrize(("share", "n_kills"), [(0.2, 8), (math.inf, 20)])
+def test_killed_at_any_moment(share, n_kills, data, tmp_path):
     folder, settings = tmp_path / "run", {**SHORT, "max_epochs": 40}
     begun = time.monotonic()
     expected = finished(*begin(tmp_path, data, share, **settings))
     seconds = time.monotonic() - begun
     settings["checkpoint_dir"] = folder
     chance, reached = random.Random(0), []
-    while len(reached) < 20:
+    while len(reached) < n_kills:
         process, path = begin(tmp_path, data, share, **settings)
         try:
             process.wait(timeout=chance.uniform(0.0, seconds))

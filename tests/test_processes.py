@@ -146,7 +146,7 @@ def test_two_processes_fit_what_one_does(tmp_path, settings):
     same(found[0], alone, rtol=1e-9, atol=1e-9)
     assert len(alone["scores"]) >= 3
     # The first process alone speaks.
-    assert done.stdout.count("epoch 5: ") == settings.get("verbose", 0)
+    assert done.stdout.count("epoch 5/") == settings.get("verbose", 0)
     assert [len(f["warnings"]) for f in found] == [len(alone["warnings"]), 0] == [1, 0]
 
 
