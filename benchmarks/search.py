@@ -1,12 +1,13 @@
 """What does a search with one hold-out cost and lose against five-fold cross-validation?
 
 Ten candidates on scikit-learn's digits, 1000 images to choose and fit with and 797 to test, five
-seeds with splits and starts of their own. ``GridSearchCV`` with one stratified split, a tenth held
-out (100 rows), as the user guide recommends; the same with five folds; and without any row held
-out, by the evidence (``marginal_likelihood_score``). All candidates are fitted to all 1000 as well,
-which says how good each choice is: its regret is the test NLL of its choice less that of the best
-candidate. Seconds are of the processor, of all fits and scores of a search and of the fit of its
-choice to all rows. A fit that is there is left out of a further run.
+seeds with splits and starts of their own. The fits and scores of ``GridSearchCV`` with one
+stratified split, a tenth held out (100 rows), as the user guide recommends; of the same with five
+folds; and without any row held out, by the evidence (``marginal_likelihood_score``). All candidates
+are fitted to all 1000 as well, which says how good each choice is: its regret is the test NLL of
+its choice less that of the best candidate. Fits are made one by one, each once; seconds of a search
+are the sum of the processor's in its fits and scores and in the fit of its choice to all rows. A
+fit that is there is left out of a further run.
 
     python benchmarks/search.py [--seeds N ...] [--max-epochs N] [--output PATH] [--report]
 """
