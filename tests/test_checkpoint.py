@@ -655,6 +655,7 @@ def test_another_number_of_threads_is_noticed(data, tmp_path, monkeypatch):
 # ── searches
 
 
+@pytest.mark.slow
 def test_in_a_search_each_fit_has_its_own_folder(data, tmp_path, monkeypatch):
     clf = SoftEquivariantClassifier(**SHORT)
     grid = {"width": [1, 2]}
