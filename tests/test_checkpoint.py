@@ -577,11 +577,13 @@ def test_what_makes_no_difference_is_let_pass(changes, data, tmp_path, capsys):
     assert ("goes on after epoch 3" in capsys.readouterr().out) == ("verbose" in changes)
 
 
-def test_one_pathway_and_image_shapes_in_any_form(data, tmp_path):
-    clf = SoftEquivariantClassifier(**SHORT, checkpoint_dir=tmp_path)
+def test_one_pathway_and_image_shapes_in_any_form(data, tmp_path, capsys):
+    clf = SoftEquivariantClassifier(**SHORT, checkpoint_dir=tmp_path, verbose=1)
     broken_off(clf.set_params(pathways="conv", image_shape=(1, 4, 4)), data, 3)
     broken_off(clf.set_params(pathways=["conv"], image_shape=[1, 4, 4]), data, 5)
+    assert "goes on after epoch 3" in capsys.readouterr().out
     clf.set_params(pathways=("conv",), image_shape=np.array([1, 4, 4])).fit(*data)
+    assert "goes on after epoch 5" in capsys.readouterr().out
 
 
 def shift(batch, k):

@@ -180,17 +180,22 @@ def test_all_figures_at_another_noise_are_those_that_are_found_there(case):
     assert figures[1] == pytest.approx(figures[0], rel=1e-9)
 
 
-@LINEAR_LAYERS
-def test_gradient_in_the_noise_against_central_differences(layer, shape):
-    model = linear_model(layer, shape, size=0.1)
-    model.to_mode(0.03)
-    objective, at, h = model.objective(0.07, learned=True), model.hyperparameters(0.03), 1e-4
+def assert_gradient(objective, at, h=1e-4):
+    """It is that of central differences."""
     slope = objective.gradient(at)
     for i in range(len(at)):
         step = torch.zeros_like(at)
         step[i] = h
         up, down = (objective.evidence(at + s).value for s in (step, -step))
         assert (up - down) / (2 * h) == pytest.approx(slope[i].item(), rel=1e-5, abs=1e-5)
+
+
+@LINEAR_LAYERS
+def test_gradient_in_the_noise_against_central_differences(layer, shape):
+    model = linear_model(layer, shape, size=0.1)
+    model.to_mode(0.03)
+    objective, at = model.objective(0.07, learned=True), model.hyperparameters(0.03)
+    assert_gradient(objective, at)
 
 
 @pytest.mark.parametrize("rate", [0.5, 1.0])
@@ -325,15 +330,10 @@ def test_gradient_in_unlike_noises_against_central_differences():
     network, batch, prior, likelihood = unlike_case()
     with torch.no_grad():
         batch = (batch[0], network(batch[0]) + 0.1 * batch[1], batch[2])
-    objective, h = laplace(network, likelihood, batch, prior), 1e-4
+    objective = laplace(network, likelihood, batch, prior)
     n_noises = len(likelihood.variances)
     at = torch.cat([prior.log_precision + 6, -torch.rand(n_noises, dtype=torch.float64)])
-    slope = objective.gradient(at)
-    for i in range(len(at)):
-        step = torch.zeros_like(at)
-        step[i] = h
-        up, down = (objective.evidence(at + s).value for s in (step, -step))
-        assert (up - down) / (2 * h) == pytest.approx(slope[i].item(), rel=1e-5, abs=1e-5)
+    assert_gradient(objective, at)
 
 
 def test_more_dimensions_than_numbers_ask_for_more_noise_and_no_more_than_that():

@@ -165,6 +165,18 @@ def test_integrals_of_a_row_do_not_depend_on_the_others(dtype, n_samples, pathwa
     assert torch.equal(outputs(beside)[5:20], together[5:20])
 
 
+# The covariance of logits is singular, and a root of it is as exact as the root of the rounding.
+@pytest.mark.parametrize(("n_samples", "tol"), [(None, 1e-12), (7, 1e-7)])
+def test_row_by_row_where_outputs_are_too_many_for_a_tile(n_samples, tol, monkeypatch):
+    network, posterior = setting(torch.float64)
+    images = torch.randn(5, 1, 8, 8, dtype=torch.float64)
+    expected = laplace_outputs(network, posterior, images, 3, n_samples)
+    monkeypatch.setattr("sklearn_softeq.posterior.TILE_NUMBERS", 0)
+    found = laplace_outputs(network, posterior, images, 3, n_samples)
+    torch.testing.assert_close(found, expected, rtol=tol, atol=tol)
+    assert torch.equal(laplace_outputs(network, posterior, images[3:4], 3, n_samples), found[3:4])
+
+
 @pytest.mark.slow
 def test_nor_do_they_with_two_threads(threads):
     threads(2)
