@@ -30,7 +30,7 @@ from .schedules import (
     symmetries,
 )
 from .training import OPTIMIZERS, SoftEquivariantNet
-from .trials import FEWEST_HELD, HELD_OUT, Trial, best_symmetry
+from .trials import FEWEST_HELD, HELD_OUT, N_TRIALS, Trial, best_symmetry
 from .validation import check_names
 
 __all__ = ["Assembly", "Seeds"]
@@ -73,7 +73,9 @@ class Assembly:
         )
         if not parts:
             start = self._start()
-            return {}, self._begun(start, self._course(start, self.burn_in, True, endless))
+            spare = 0 if endless else min(N_TRIALS, self._half // self.burn_in) - 1
+            course = self._course(start, self.burn_in, True, endless, spare)
+            return {}, self._begun(start, course)
         group, tried, scores = best_symmetry(
             self._trial, groups, self._rate, *parts, self._doublings
         )
@@ -162,7 +164,9 @@ class Assembly:
         start.begin(net.module_)
         return net
 
-    def _course(self, start: Start, burn_in: int, holding: bool, endless: bool) -> Course:
+    def _course(
+        self, start: Start, burn_in: int, holding: bool, endless: bool, spare_starts: int = 0
+    ) -> Course:
         return Course(
             self._evidence_step(burn_in, endless),
             start,
@@ -171,6 +175,7 @@ class Assembly:
             self.clf.keep_best,
             holding=holding,
             endless=endless,
+            spare_starts=spare_starts,
         )
 
     def _callbacks(self, course: Course) -> list:

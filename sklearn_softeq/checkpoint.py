@@ -97,6 +97,7 @@ def snapshot(net: SoftEquivariantNet) -> dict[str, Any]:
             "holding": course.holding,
             "converged": course.converged,
             "capped": course.capped,
+            "spare_starts": course.spare_starts,
             "mean": vars(course.mean),
             "best": None if course.best is None else _plain_best(*course.best),
         },
@@ -131,6 +132,7 @@ def restore(net: SoftEquivariantNet, state: Mapping[str, Any]) -> None:
     course.rate, course.plateau = LearningRate(**found["rate"]), Plateau(**found["plateau"])
     course.holding = found["holding"]
     course.converged, course.capped = found["converged"], found["capped"]
+    course.spare_starts = found["spare_starts"]
     course.mean, course.best = _mean(found["mean"], device), found["best"]
     evidence, found = course.evidence, state["evidence"]
     evidence.burn_in = found["burn_in"]

@@ -20,14 +20,22 @@ from .hyperparameters import squared_norms
 from .kfac import KFAC
 from .kronecker import Factor, UnsolvedError, decomposed, spectra
 from .marginal_likelihood import Evidence, LaplaceEvidence, LengthscaleSolver, Solver
-from .schedules import JointStart, LearningRate, Plateau, Start, fix_gauge, restart_jointly
+from .schedules import (
+    JointStart,
+    LearningRate,
+    Plateau,
+    Start,
+    begin_anew,
+    fix_gauge,
+    restart_jointly,
+)
 from .states import State, WeightMean, restore, state_of
 from .training import SoftEquivariantNet
 
 __all__ = ["Course", "EvidenceStep", "Preconditioner"]
 
-#: Share of the entropy of the targets that symmetric pathways must have explained by the end of
-#: the burn-in, on the training data. Strictly invariant networks that could only memorise explained
+#: Share of the entropy of the targets that a network must have explained by the end of the
+#: burn-in, on the training data. Strictly invariant networks that could only memorise explained
 #: up to 13 %; where it is the four turns of ten digits that they cannot see, they can reach 60 %.
 LEARNT = 0.2
 
@@ -139,8 +147,13 @@ class EvidenceStep(Callback):
         return self.steps > 0 and not self.noise_alone
 
     def forget(self) -> None:
-        """Drop the slopes: the weights that they belong to are gone."""
-        self._slopes = {}
+        """Drop what belongs to weights that are gone."""
+        self.state, self._slopes = None, {}
+
+    def wait(self, n_epochs: int) -> None:
+        """Let the burn-in last so much longer."""
+        self.burn_in += n_epochs
+        self.ramp_from += n_epochs
 
     def evaluate(
         self, net: SoftEquivariantNet, final: bool = False, keep: bool = False
@@ -440,6 +453,9 @@ class Course(Callback):
     endless : bool, default=False
         Training in single epochs by partial_fit: nothing is concluded from a plateau, averaged
         or restored.
+    spare_starts : int, default=0
+        Further random starts, each with a burn-in of its own, of a network that holds nothing back
+        and has learnt nothing in the last one.
 
     Attributes
     ----------
@@ -463,6 +479,7 @@ class Course(Callback):
         keep_best: bool,
         holding: bool = True,
         endless: bool = False,
+        spare_starts: int = 0,
     ):
         self.evidence = evidence
         self.start = start
@@ -471,6 +488,7 @@ class Course(Callback):
         self.keep_best = keep_best
         self.holding = holding
         self.endless = endless
+        self.spare_starts = spare_starts
         self.converged = False
         self.capped = False
         self.keeps_curvature = False
@@ -503,13 +521,14 @@ class Course(Callback):
 
     def _decide(self, net: SoftEquivariantNet, epoch: int) -> None:
         if self.holding:
-            another = self._restarted(net, epoch) or self._released(net, epoch)
-            self.holding = False
+            self.holding = self._tries_again(net, epoch)
+            another = self.holding or self._restarted(net, epoch) or self._released(net, epoch)
             if another:
                 # Another model from here on: what was reached before is no measure for it.
                 self.evidence.state = None
                 self.rate.rewarm(epoch)
-                self.evidence.ramp_from = epoch
+                if not self.holding:
+                    self.evidence.ramp_from = epoch
                 net.update_decay()
                 return
         if not self.evidence.steps or self.evidence.log_det_weight(epoch) == 1.0:
@@ -530,6 +549,21 @@ class Course(Callback):
         learn = self.evidence.learns_prior
         return self.start.release(net.module_, net.prior_, learn, net.generator(epoch))
 
+    def _tries_again(self, net: SoftEquivariantNet, epoch: int) -> bool:
+        """Begin from other random weights if these, with all that there is, have led nowhere.
+
+        One in three lone networks of four features died in its first epochs, for good.
+        """
+        layers = net.module_.layers.values()
+        whole = all(on for block in layers for on in block.enabled.values())
+        if not whole or not self.spare_starts or net.explained() >= LEARNT:
+            return False
+        self.spare_starts -= 1
+        begin_anew(net.module_, net.prior_, net.generator(epoch))
+        self._forget(net)
+        self.evidence.wait(epoch - self.rate.warm_from)  # as long as it had been
+        return True
+
     def _restarted(self, net: SoftEquivariantNet, epoch: int) -> bool:
         """Go on as with the joint start if the symmetric one has led nowhere."""
         if isinstance(self.start, JointStart) or net.explained() >= LEARNT:
@@ -537,10 +571,14 @@ class Course(Callback):
         if not restart_jointly(net.module_, net.prior_, net.generator(epoch)):
             return False
         self.start = JointStart()
+        self._forget(net)
+        return True
+
+    def _forget(self, net: SoftEquivariantNet) -> None:
+        """Drop what was learnt beside the weights, and about them, as they are gone."""
         net.initialize_criterion()  # a noise that was learned, too, is as at the start
         self.evidence.forget()
-        net.optimizer_.state.clear()  # moments of weights that are gone
-        return True
+        net.optimizer_.state.clear()
 
     def _figure(self, net: SoftEquivariantNet) -> float:
         last = net.history[-1]

@@ -96,7 +96,7 @@ class ProgressLine(Callback):
 
     def on_train_begin(self, net, **kwargs):
         evidence = net.course.evidence
-        self._start = net.course.start.name
+        self._start, self._spare = net.course.start.name, net.course.spare_starts
         if evidence.steps and not net.history and net.processes_.rank == 0:
             print(f"curvature: {evidence.chosen.describe(len(net.data_))}")
 
@@ -107,6 +107,9 @@ class ProgressLine(Callback):
         if course.start.name != self._start:
             self._start = course.start.name
             print(f"start: {self._start}, anew, as the symmetric pathways had learnt too little")
+        if course.spare_starts != self._spare:
+            self._spare = course.spare_starts
+            print("start: other random weights, as the first had learnt too little")
         cap = "" if course.endless else f"/{net.max_epochs}"
         line = f"epoch {epoch}{cap}: loss {last['train_loss']:.4f}"
         if "log_marginal_likelihood" in last:

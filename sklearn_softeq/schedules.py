@@ -26,6 +26,7 @@ __all__ = [
     "Plateau",
     "Start",
     "SymmetricStart",
+    "begin_anew",
     "fix_gauge",
     "restart_jointly",
     "symmetries",
@@ -386,11 +387,20 @@ def restart_jointly(
     for layer in network.layers.values():
         layer.scale *= math.sqrt(sum(layer.enabled.values()) / len(layer.enabled))
         layer.enabled = dict.fromkeys(layer.enabled, True)
+    begin_anew(network, prior, generator)
+    return True
+
+
+def begin_anew(
+    network: SoftEquivariantNetwork,
+    prior: LayerwisePrior,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Draw another random start of all weights, at the first precisions."""
     for module in network.modules():
         if isinstance(module, Pathway):
             module.reset(generator)
     prior.reset()
-    return True
 
 
 @torch.no_grad()

@@ -79,6 +79,7 @@ def net_of(
     keep_best=True,
     holding=True,
     endless=False,
+    spare_starts=0,
     batch_size=128,
     batch_seed=0,
     precision=1.0,
@@ -93,8 +94,8 @@ def net_of(
         seen = (burn_in, every, how, evidence_seed, lengthscales, ramp, noise_alone)
         evidence = EvidenceStep(solver, steps, *seen)
     start = STARTS[start]() if isinstance(start, str) else start
-    rate = LearningRate(schedule, lr, max_epochs)
-    course = Course(evidence, start, rate, Plateau(0.0, patience), keep_best, holding, endless)
+    rate, plateau = LearningRate(schedule, lr, max_epochs), Plateau(0.0, patience)
+    course = Course(evidence, start, rate, plateau, keep_best, holding, endless, spare_starts)
     if module is build_network:
         params = {
             "module__image_shape": (1, 4, 4),

@@ -1083,6 +1083,52 @@ def test_a_restart_forgets_slopes_and_moments(monkeypatch):
         assert steps == [0, 1, 2, *([3, 4, 5, 6, 7] if learnt < 0 else [0, 1, 2, 3, 4])]
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize(
+    ("start", "pathways"), [("symmetric", ("conv",)), ("joint", ("conv", "factored_fc"))]
+)
+def test_a_network_that_holds_nothing_back_has_spare_starts(monkeypatch, start, pathways, steps):
+    looks, due = [], []
+
+    class Look(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            states = [int(state["step"]) for state in net.optimizer_.state.values()]
+            due.append("log_marginal_likelihood" in net.history[-1])
+            looks.append((weights_of(net), net.prior_.precisions(), max(states, default=0)))
+
+    monkeypatch.setattr(course, "LEARNT", np.inf)
+    settings = {"start": start, "pathways": pathways, "burn_in": 3, "every": 2, "steps": steps}
+    settings |= {"precision": 2.0, "schedule": "cooldown", "max_epochs": 16, "ramp": 4.0}
+    net = net_of(**settings, spare_starts=2, callbacks=[("look", Look())])
+    net.partial_fit(data_of())
+    assert net.course.spare_starts == 0
+    # Each begins as the first has: at the first precisions, without moments, with a burn-in.
+    for epoch in (3, 6):
+        weights, precisions, moments = looks[epoch - 1]
+        assert list(precisions.values()) == pytest.approx([2.0] * len(precisions))
+        assert moments == 0
+        for name, weight in weights.items():
+            assert (torch.count_nonzero(weight) == 0) == name.endswith("bias")
+    drawn = [looks[epoch - 1][0]["head.output.weight"] for epoch in (3, 6)]
+    assert not torch.equal(*drawn)
+    if steps:
+        assert [epoch for epoch, now in enumerate(due, 1) if now][:5] == [3, 6, 9, 11, 13]
+        assert net.course.evidence.log_det_weight(9) == 0.5
+    twin = net_of(**settings, callbacks=[("look", Look())])
+    looks.clear()
+    twin.partial_fit(data_of())
+    assert all(moments for *_, moments in looks)  # no spare start, and none is taken
+
+
+def test_a_network_that_has_learnt_something_keeps_its_start(monkeypatch):
+    monkeypatch.setattr(course, "LEARNT", -np.inf)
+    data, settings = data_of(), {"start": "symmetric", "pathways": ("conv",), "burn_in": 2}
+    without, with_spare = (net_of(**settings, spare_starts=n).partial_fit(data) for n in (0, 2))
+    assert with_spare.course.spare_starts == 2
+    found = weights_of(with_spare)
+    assert all(torch.equal(weight, found[name]) for name, weight in weights_of(without).items())
+
+
 def test_what_a_network_explains():
     data, net = data_of(n=40), net_of(pathways=ALL)
     data.targets[:] = torch.randint(K - 1, (40,))  # a class that does not occur

@@ -6,6 +6,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from unittest.mock import Mock
 
 import joblib
 import numpy as np
@@ -1020,6 +1021,26 @@ def test_the_net_that_was_tried_is_the_one_that_goes_on(digits, best, monkeypatc
     clf.set_params(warm_start=True, callbacks=None).fit(*digits)
     assert clf.net_.course.start.group.name == best
     assert set(clf.symmetry_trials_) == {"p4", "p1"}
+
+
+@pytest.mark.parametrize(
+    ("options", "n_starts"),
+    [
+        ({"pathways": "conv"}, 3),
+        ({"pathways": ("conv", "factored_fc"), "start": "joint", "learn_prior": False}, 3),
+        ({"pathways": "conv", "burn_in": 3}, 2),  # within half of the epochs
+        ({"pathways": "conv", "burn_in": 4}, 1),
+        ({"pathways": ("conv", "p4_conv")}, 1),  # trials have random starts of their own
+    ],
+    ids=str,
+)
+def test_random_starts_of_a_network_that_learns_nothing(digits, options, n_starts, monkeypatch):
+    monkeypatch.setattr(course, "LEARNT", np.inf)
+    anew = Mock(wraps=course.begin_anew)
+    monkeypatch.setattr(course, "begin_anew", anew)
+    settings = {**FAST, "burn_in": 2, "max_epochs": 12, "evidence_every": 1}
+    SoftEquivariantClassifier(**{**settings, **options}).fit(*digits)
+    assert anew.call_count == n_starts - 1
 
 
 @pytest.mark.parametrize("joint", [True, False])

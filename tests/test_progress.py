@@ -207,3 +207,10 @@ def test_a_new_beginning_is_told(capsys, monkeypatch):
     said = [line.split(":")[0] for line in lines]
     assert said == ["curvature", "epoch 2/6", "start", "epoch 4/6", "epoch 6/6"]
     assert lines[2].startswith("start: joint, anew")
+    net = net_of(pathways=ALL[:1], burn_in=2, every=1, spare_starts=1, callbacks=progress)
+    net.callbacks_.sort(key=lambda entry: entry[0] == "course")
+    net.partial_fit(data_of(30))
+    lines = capsys.readouterr().out.splitlines()
+    said = [line.split(":")[0] for line in lines]
+    assert said == ["curvature", "epoch 2/6", "start", "epoch 4/6", "epoch 5/6", "epoch 6/6"]
+    assert lines[2].startswith("start: other random weights")
