@@ -33,6 +33,7 @@ from sklearn_softeq import (
     SoftEquivariantRegressor,
     assembly,
     checkpoint,
+    course,
 )
 from sklearn_softeq.checkpoint import FILES, Checkpoint, columns, rows
 from sklearn_softeq.records import read
@@ -179,6 +180,16 @@ def test_a_fit_that_was_broken_off_ends_as_if_it_had_not_been(kind, data, tmp_pa
     clf.fit(*data)
     assert_same(clf, expected, data[0])
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == sorted(FILES)
+
+
+def test_a_fit_that_was_broken_off_between_its_random_starts(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "LEARNT", 0.9)  # more than is learnt by then
+    settings = {**SHORT, "pathways": "conv", "burn_in": 2, "max_epochs": 12}
+    expected = SoftEquivariantClassifier(**settings).fit(*data)
+    clf = SoftEquivariantClassifier(**settings, checkpoint_dir=tmp_path)
+    for after in (1, 2, 3, 5):  # starts after epochs 2 and 4
+        broken_off(clf, data, after)
+    assert_same(clf.fit(*data), expected, data[0])
 
 
 #: With rates that do not fall and the best state, to which training returns, in memory.

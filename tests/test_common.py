@@ -23,13 +23,13 @@ def names(lines):
     return {line.split(":")[0] for line in lines}
 
 
-#: 63 checks fit more than a hundred times; one slow test has the default budget.
-SHORT = {"max_epochs": 30, "evidence_every": 10}
+#: 63 checks fit more than a hundred times; one slow test has the default budget and width.
+SHORT = {"max_epochs": 30, "evidence_every": 10, "width": 4}
 
 
 def test_check_estimator():
     quick = {**SHORT, "max_epochs": 20, "batch_size": 64}
-    assert statuses(SoftEquivariantClassifier(**quick, width=4)) == set()
+    assert statuses(SoftEquivariantClassifier(**quick)) == set()
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_check_estimator_default():
 
 @pytest.mark.slow
 def test_check_estimator_laplace():
-    assert statuses(SoftEquivariantClassifier(**SHORT, width=4, predictive="laplace")) == set()
+    assert statuses(SoftEquivariantClassifier(**SHORT, predictive="laplace")) == set()
 
 
 # Rows of f features are images of one row, for a group with quarter turns on a square canvas: f²
@@ -58,12 +58,11 @@ OTHERS = [
     {"start": "joint"},
     {"learn_prior": False},
     {"optimizer": "adam"},
-    {"architecture": "resnet", "width": 4},
+    {"architecture": "resnet"},
     {
         "pathways": ("conv", "sparse_conv", "sparse_fc"),
         "anchor_fraction": 1.0,
         "learn_lengthscale": True,
-        "width": 4,
     },
 ]
 # On rows of two features a strict convolution network is a symmetric function of the two, and the
@@ -78,13 +77,13 @@ SYMMETRIC = [
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [*SUMS, *OTHERS], ids=str)
 def test_check_estimator_options(options):
-    assert statuses(SoftEquivariantClassifier(**{**options, **SHORT})) == set()
+    assert statuses(SoftEquivariantClassifier(**{**SHORT, **options})) == set()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", SYMMETRIC, ids=str)
 def test_check_estimator_symmetric_in_two_features(options):
-    failed = names(statuses(SoftEquivariantClassifier(**{**options, **SHORT})))
+    failed = names(statuses(SoftEquivariantClassifier(**{**SHORT, **options})))
     assert failed <= {"check_classifiers_train"}
 
 
@@ -99,8 +98,8 @@ def test_check_regressor():
 
 REGRESSORS = [
     {},
-    {**SHORT, "width": 4, "predictive": "laplace"},
-    {**SHORT, "pathways": ("conv", "sparse_fc", "fc"), "width": 4},
+    {**SHORT, "predictive": "laplace"},
+    {**SHORT, "pathways": ("conv", "sparse_fc", "fc")},
     {**SHORT, "start": "joint", "learn_prior": False, "optimizer": "adam", "noise": 0.5},
 ]
 
