@@ -18,7 +18,7 @@ def marginal_likelihood_score(estimator: Any, X: Any = None, y: Any = None) -> f
     It is that of the data of the fit itself and needs no others, so that a search can do with a
     single fit of each candidate, to all rows. **It is no safe judge**: it compares precisions and
     pathways within one start, and can rank networks of other form, starts or settings wrongly. A
-    hold-out of a tenth of the rows, scored by ``"neg_log_loss"`` or ``"r2"``, is (see "When to
+    hold-out of a fifth of the rows, scored by ``"neg_log_loss"`` or ``"r2"``, is (see "When to
     trust the evidence" in the user guide).
 
     Parameters
