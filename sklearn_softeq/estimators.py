@@ -87,8 +87,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         Epochs of one symmetry alone, and half of those of each trial, before the first evidence;
         at most half of ``max_epochs``. The paper has 10. After trials the first evidence comes
         after five epochs more. Those of trials are not counted in ``n_iter_`` or ``max_epochs``.
-        Without trials, as with one pathway, a network that has explained less than a fifth of the
-        labels by then begins from other random weights, up to twice, within that half.
+        Without trials, as with one pathway, a network that has explained less than a fifth of its
+        targets by then begins from other random weights, up to twice, within that half.
     evidence_every : int, default=5
         Epochs from one evidence to the next, as in the paper.
     hyper_solver : {"fixed_point", "adam"}, default="fixed_point"
