@@ -430,6 +430,11 @@ class Preconditioner(Callback):
         net.optimizer_.forget()
 
 
+def _whole(net: SoftEquivariantNet) -> bool:
+    """Whether no pathway is switched off."""
+    return all(on for block in net.module_.layers.values() for on in block.enabled.values())
+
+
 class Course(Callback):
     """The course of a fit: learning rate, release and removal of pathways, and the end.
 
@@ -554,9 +559,7 @@ class Course(Callback):
 
         One in three lone networks of four features died in its first epochs, for good.
         """
-        layers = net.module_.layers.values()
-        whole = all(on for block in layers for on in block.enabled.values())
-        if not whole or not self.spare_starts or net.explained() >= LEARNT:
+        if not self.spare_starts or not _whole(net) or net.explained() >= LEARNT:
             return False
         self.spare_starts -= 1
         begin_anew(net.module_, net.prior_, net.generator(epoch))
@@ -566,10 +569,9 @@ class Course(Callback):
 
     def _restarted(self, net: SoftEquivariantNet, epoch: int) -> bool:
         """Go on as with the joint start if the symmetric one has led nowhere."""
-        if isinstance(self.start, JointStart) or net.explained() >= LEARNT:
+        if isinstance(self.start, JointStart) or _whole(net) or net.explained() >= LEARNT:
             return False
-        if not restart_jointly(net.module_, net.prior_, net.generator(epoch)):
-            return False
+        restart_jointly(net.module_, net.prior_, net.generator(epoch))
         self.start = JointStart()
         self._forget(net)
         return True

@@ -376,19 +376,18 @@ def restart_jointly(
     network: SoftEquivariantNetwork,
     prior: LayerwisePrior,
     generator: torch.Generator | None = None,
-) -> bool:
-    """Begin anew with all pathways at once, if some are still held back; whether it was so.
+) -> None:
+    """Begin anew with all pathways at once, if some are still held back.
 
     For a network whose symmetric pathways alone have learnt nothing: where the task breaks the
     symmetry, the prior may have taken their weights to zero, and nothing grows from there.
     """
     if all(on for layer in network.layers.values() for on in layer.enabled.values()):
-        return False
+        return
     for layer in network.layers.values():
         layer.scale *= math.sqrt(sum(layer.enabled.values()) / len(layer.enabled))
         layer.enabled = dict.fromkeys(layer.enabled, True)
     begin_anew(network, prior, generator)
-    return True
 
 
 def begin_anew(
