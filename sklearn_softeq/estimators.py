@@ -76,8 +76,9 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         each has three random starts, of which the best goes on after half of them). Training goes
         on, with all rows, from the one that predicts the other fifth best; with all pathways at
         once only if these do so by more than 0.05 times the entropy of the labels (0.12 nats for
-        each row of ten classes). While the best of several symmetries explains less than half of
-        that entropy their trials go on, to half of ``max_epochs`` at most.
+        each row of ten classes), and still do once each symmetry has had as many epochs again.
+        While the best of several symmetries explains less than half of that entropy their trials
+        go on, too. None takes more than half of ``max_epochs``.
         Where the symmetric pathways have learnt next to nothing, all begin anew as with "joint":
         all pathways at once from random weights, their sum divided by the root of their number
         (the paper, which takes the mean).

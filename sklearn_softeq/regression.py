@@ -53,9 +53,9 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         each has three random starts, of which the best goes on after half of them). Training goes
         on, with all rows, from the one that predicts the other fifth best; with all pathways at
         once only if these do so by more than 0.1 nats for each output, at the noise that is best
-        for each: if they leave less than 0.82 of the squares. While the best of several
-        symmetries explains less than half of the variance their trials go on, to half of
-        ``max_epochs`` at most.
+        for each: if they leave less than 0.82 of the squares, and still do once each symmetry has
+        had as many epochs again. While the best of several symmetries explains less than half of
+        the variance their trials go on, too. None takes more than half of ``max_epochs``.
         Where the symmetric pathways have explained less than a fifth of the variance of the
         training data, all begin anew as with "joint": all pathways at once from random weights,
         their sum divided by the root of their number (the paper, which takes the mean).

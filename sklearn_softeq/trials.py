@@ -114,8 +114,9 @@ def best_symmetry(
     kept, held : TrainingData
         Rows to train on, and rows that judge.
     doublings : int, default=0
-        How often the trials of several symmetries may go on for as long again as they are, while
-        the best of them has not explained the part :data:`KNOWN` of the entropy of the labels.
+        How often the trials of the symmetries may go on for as long again as they are: once if all
+        pathways together lead, and where there are several, while the best of them has not
+        explained the part :data:`KNOWN` of the entropy of the labels.
 
     Returns
     -------
@@ -130,7 +131,8 @@ def best_symmetry(
     Notes
     -----
     Where there are several groups each has :data:`N_TRIALS` nets; after half of the epochs the
-    best of them goes on. All pathways together are judged before any doubling.
+    best of them goes on. All pathways together learn faster, and are soon as good as they get:
+    they are judged by their first trial, and have to lead the symmetries by the second as well.
 
     References
     ----------
@@ -145,17 +147,22 @@ def best_symmetry(
         tried[group] = _best_start(partial(build, group), n_starts, rate, kept, held)
     joint = tried.pop(None, None)
     yardstick = Yardstick.of(next(iter(tried.values()))[1], held)
+    free = -math.inf if joint is None else joint[0].score
     best = _first_choice(tried, yardstick)
-    leads = joint is not None and yardstick.leads(joint[0].score, tried[best][0].score)
-    while several and doublings and not leads and tried[best][0].score < yardstick.known:
-        doublings -= 1
+    leads = yardstick.leads(free, tried[best][0].score)
+    for doubling in range(doublings):
+        unknown = several and tried[best][0].score < yardstick.known
+        if not (doubling == 0 if leads else unknown):
+            break
         for trial, net in tried.values():
             _go_on(trial, net, kept)
         best = _first_choice(tried, yardstick)
+        leads = leads and yardstick.leads(free, tried[best][0].score)
     scores = {group.name: trial.score for group, (trial, _) in tried.items() if group is not None}
-    if joint is not None:
-        scores["joint"] = joint[0].score
-    return (None, joint[1], scores) if joint and leads else (best, tried[best][1], scores)
+    if joint is None:
+        return best, tried[best][1], scores
+    scores["joint"] = free
+    return (None, joint[1], scores) if leads else (best, tried[best][1], scores)
 
 
 def _best_start(

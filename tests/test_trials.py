@@ -191,8 +191,14 @@ def entropy_of(data):
         ((P4, P1), 2, (-0.8, -0.9, -9.0), 8, P4),
         ((P4, P1), 5, (-0.8, -0.9, -9.0), 8, P4),  # then it is known
         ((P4, P1, None), 1, (-0.8, -0.9, -0.76), 4, P1),
-        ((P4, P1, None), 2, (-0.8, -0.9, -0.4), 2, None),  # all together lead by enough
+        ((P4, P1, None), 2, (-0.8, -0.9, -0.4), 4, None),  # all together lead twice
+        ((P4, P1, None), 1, (-0.8, -0.9, -0.6), 4, P1),  # all together lead once
+        ((P4, P1, None), 2, (-0.8, -0.9, -0.6), 8, P4),  # then it is known
+        ((P4, P1, None), 2, (-0.49, -0.9, -0.4), 4, None),
+        ((P4, P1, None), 0, (-0.8, -0.9, -0.6), 2, None),
         ((P1, None), 2, (-0.8, -0.6, -9.0), 2, P1),  # there is nothing to choose
+        ((P1, None), 2, (-0.8, -0.8, -0.6), 4, P1),
+        ((P1, None), 2, (-0.8, -0.8, -0.5), 4, None),
     ],
 )
 def test_trials_go_on_until_something_is_known(groups, doublings, after, length, best, monkeypatch):
