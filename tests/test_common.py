@@ -1,7 +1,9 @@
 """scikit-learn's own checks, all of them, on the default estimators and on sets of pathways."""
 
+from unittest import SkipTest
+
 import pytest
-from sklearn.utils.estimator_checks import check_estimator
+from sklearn.utils.estimator_checks import check_estimator, parametrize_with_checks
 
 from sklearn_softeq import SoftEquivariantClassifier, SoftEquivariantRegressor
 
@@ -23,7 +25,7 @@ def names(lines):
     return {line.split(":")[0] for line in lines}
 
 
-#: 63 checks fit more than a hundred times; one slow test has the default budget and width.
+#: 63 checks fit more than a hundred times; those of the defaults have their budget and width.
 SHORT = {"max_epochs": 30, "evidence_every": 10, "width": 4}
 
 
@@ -32,9 +34,14 @@ def test_check_estimator():
     assert statuses(SoftEquivariantClassifier(**quick)) == set()
 
 
+# Each check by itself: all in one, the regressor's would be by far the longest of all tests.
 @pytest.mark.slow
-def test_check_estimator_default():
-    assert statuses(SoftEquivariantClassifier()) == set()
+@parametrize_with_checks([SoftEquivariantClassifier(), SoftEquivariantRegressor()])
+def test_check_default(estimator, check):
+    try:
+        check(estimator)
+    except SkipTest as reason:
+        pytest.fail(f"skipped: {reason}")
 
 
 @pytest.mark.slow
@@ -97,7 +104,6 @@ def test_check_regressor():
 
 
 REGRESSORS = [
-    {},
     {**SHORT, "predictive": "laplace"},
     {**SHORT, "pathways": ("conv", "sparse_fc", "fc")},
     {**SHORT, "start": "joint", "learn_prior": False, "optimizer": "adam", "noise": 0.5},
