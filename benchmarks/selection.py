@@ -1,8 +1,8 @@
 """Which of several networks is best: does the evidence know, and what does a hold-out know?
 
-On the tasks of symmetry.py each model is fitted to all training images, and to four fifths of
-them, five times. What a selector says of the models of one task and seed is compared with their NLL
-on the test images, which no selector sees:
+The fits of symmetry.py to all training images, with learned priors, and others to four fifths of
+them. What a selector says of the models of one task and seed is compared with their NLL on the test
+images, which no selector sees:
 
 * evidence: of the fit to all rows; with its linear term; both again after polishing, which trains
   the weights further at fixed precisions until the log joint has settled;
@@ -10,9 +10,9 @@ on the test images, which no selector sees:
 * five folds: the same for each fifth in turn, summed.
 
     python benchmarks/selection.py [--sets S ...] [--tasks T ...] [--models M ...] [--seeds N ...]
-        [--folds 5] [--mnist PATH] [--output PATH] [--report]
+        [--folds 1|5] [--polish] [--mnist PATH] [--symmetry PATH] [--output PATH] [--report]
 
-What is there already is left out. `--folds 1` is the hold-out alone.
+What is there already is left out, in both files. One fold is the hold-out alone.
 """
 
 import argparse
@@ -27,7 +27,8 @@ import torch
 from harness import Results, print_table, standard_error
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold
-from symmetry import ALL, HARD_CODED, MODELS, SETS, TASKS, task_of
+from symmetry import ALL, HARD_CODED, MODELS, SETS, TASKS, Run, task_of
+from symmetry import OUTPUT as SYMMETRY
 
 from sklearn_softeq import SoftEquivariantClassifier
 
@@ -42,24 +43,15 @@ def classifier(model: str, seed: int) -> SoftEquivariantClassifier:
     return SoftEquivariantClassifier(pathways=pathways, width=width, random_state=seed)
 
 
-def fit_to_all(model: str, seed: int, task: tuple[np.ndarray, ...]) -> dict[str, float]:
-    """Evidence of a fit to all rows, before and after polishing, and its NLL on test images."""
-    X_train, y_train, X_test, y_test = task
+def polished(model: str, seed: int, task: tuple[np.ndarray, ...]) -> dict[str, float]:
+    """Evidence and linear term of a fit to all rows that has been trained on to a mode."""
     start = time.process_time()
-    clf = classifier(model, seed).fit(X_train, y_train)
-    found = {"nll": log_loss(y_test, clf.predict_proba(X_test), labels=clf.classes_)}
-    found |= evidence_of(clf, "")
-    found["seconds"] = time.process_time() - start
-    clf.set_params(warm_start=True, learn_prior=False).fit(X_train, y_train)
-    found |= evidence_of(clf, "polished_")
-    return {name: round(value, 4) for name, value in found.items()}
-
-
-def evidence_of(clf: SoftEquivariantClassifier, prefix: str) -> dict[str, float]:
-    """For each observation."""
+    clf = classifier(model, seed).fit(*task[:2])
+    clf.set_params(warm_start=True, learn_prior=False).fit(*task[:2])
     return {
-        f"{prefix}evidence": clf.log_marginal_likelihood_value_ / clf.n_observations_,
-        f"{prefix}linear_term": clf.evidence_linear_term_,
+        "log_evidence": round(clf.log_marginal_likelihood_value_ / clf.n_observations_, 4),
+        "linear_term": round(clf.evidence_linear_term_, 4),
+        "seconds": round(time.process_time() - start, 1),
     }
 
 
@@ -78,15 +70,15 @@ def fit_to_fold(model: str, seed: int, task: tuple[np.ndarray, ...], fold: int) 
     }
 
 
-def scores_of(whole: Mapping, folds: Mapping[int, Mapping]) -> dict[str, float]:
+def scores_of(
+    whole: Mapping, folds: Mapping[int, Mapping], mode: Mapping | None
+) -> dict[str, float]:
     """What each selector says of a model; more is better."""
-    found = {
-        "evidence": whole["evidence"],
-        "evidence, linear term": whole["evidence"] + whole["linear_term"],
-        "polished evidence": whole["polished_evidence"],
-        "polished evidence, linear term": whole["polished_evidence"]
-        + whole["polished_linear_term"],
-    }
+    found = {}
+    for name, fit in (("evidence", whole), ("polished evidence", mode)):
+        if fit is not None:
+            found[name] = fit["log_evidence"]
+            found[f"{name}, linear term"] = fit["log_evidence"] + fit["linear_term"]
     if 0 in folds:
         found["hold-out"] = folds[0]["log_likelihood"] / folds[0]["n_rows"]
     if len(folds) == N_FOLDS:
@@ -130,22 +122,26 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*HARD_CODED, ALL])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--folds", type=int, default=N_FOLDS, help="how many are fitted (5)")
+    parser.add_argument("--folds", type=int, choices=(1, N_FOLDS), default=N_FOLDS)
+    parser.add_argument("--polish", action="store_true", help="fit again, and on to a mode")
     parser.add_argument("--mnist", help="npz file with MNIST (fetched from OpenML)")
+    parser.add_argument("--symmetry", default=SYMMETRY, help="the fits to all rows")
     parser.add_argument("--output", default=OUTPUT, help="where results go (beside this file)")
     parser.add_argument("--report", action="store_true", help="tables of what is there, no fits")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kept = Results(options.output)
+    kept, to_all = Results(options.output), Results(options.symmetry)
     choices: dict[tuple, dict] = {}
     for seed, data, name, model in product(
         options.seeds, options.sets, options.tasks, options.models
     ):
-        key = f"{data}, {name}, {model}, {seed}"
-        parts = {key: fit_to_all} | {
+        run, key = Run(data, name, model, "learned", seed), f"{data}, {name}, {model}, {seed}"
+        parts = {
             f"{key}, fold {fold}": lambda *of, fold=fold: fit_to_fold(*of, fold)
             for fold in range(options.folds)
-        }
+        } | ({f"{key}, polished": polished} if options.polish else {})
+        if not options.report:
+            to_all.get(run.key, lambda run=run: run.measure(options.mnist))
         for part, fit in parts.items():
             if part in kept.by_key or options.report:
                 continue
@@ -157,9 +153,9 @@ if __name__ == "__main__":
             for fold in range(N_FOLDS)
             if f"{key}, fold {fold}" in kept.by_key
         }
-        if key in kept.by_key:
-            whole = kept.by_key[key]
-            scores = scores_of(whole, folds)
+        if run.key in to_all.by_key:
+            whole = to_all.by_key[run.key]
+            scores = scores_of(whole, folds, kept.by_key.get(f"{key}, polished"))
             choices.setdefault((data, name, seed), {})[model] = (whole["nll"], scores)
     print(f"\nPairs of models whose test NLL differs by more than {MARGIN}")
     print_table(("selector", "pairs", "ordered alike", "choices", "regret"), table_of(choices))
