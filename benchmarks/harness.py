@@ -1,6 +1,7 @@
 """What the benchmarks share: results that are kept, times in turns, images, tables."""
 
 import fcntl
+import hashlib
 import json
 import operator
 import os
@@ -97,7 +98,19 @@ def environment():
         "scikit-learn": sklearn.__version__,
         "torch": torch.__version__,
         "sklearn_softeq": sklearn_softeq.__version__,
+        "code": CODE,
     }
+
+
+def code() -> str:
+    """Digest of the package's modules: which state of it made a result."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(sklearn_softeq.__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+CODE = code()  # of what has been imported, whatever becomes of the files
 
 
 def timed_rounds(

@@ -16,25 +16,30 @@ What is there already is left out, in both files. One fold is the hold-out alone
 """
 
 import argparse
+import math
 import time
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import combinations, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from harness import Results, print_table, standard_error
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold
-from symmetry import ALL, HARD_CODED, MODELS, SETS, TASKS, Run, task_of
+from symmetry import MODELS, TASKS, Run, task_of
 from symmetry import OUTPUT as SYMMETRY
+from symmetry_tables import ALL, HARD_CODED, SETS
 
 from sklearn_softeq import SoftEquivariantClassifier
 
 OUTPUT = Path(__file__).with_suffix(".json")
 N_FOLDS = 5
-MARGIN = 0.05  # nats between two test NLLs that count as different
+#: Nats between two test NLLs that count as different, and that are plainly different.
+MARGIN, CLEAR = 0.05, 0.3
+
+Task = tuple[np.ndarray, ...]
 
 
 def classifier(model: str, seed: int) -> SoftEquivariantClassifier:
@@ -43,21 +48,25 @@ def classifier(model: str, seed: int) -> SoftEquivariantClassifier:
     return SoftEquivariantClassifier(pathways=pathways, width=width, random_state=seed)
 
 
-def polished(model: str, seed: int, task: tuple[np.ndarray, ...]) -> dict[str, float]:
+def polished(model: str, seed: int, task: Task) -> dict[str, float]:
     """Evidence and linear term of a fit to all rows that has been trained on to a mode."""
+    X_train, y_train, X_test, y_test = task
     start = time.process_time()
-    clf = classifier(model, seed).fit(*task[:2])
-    clf.set_params(warm_start=True, learn_prior=False).fit(*task[:2])
+    clf = classifier(model, seed).fit(X_train, y_train)
+    epochs = clf.n_iter_
+    clf.set_params(warm_start=True, learn_prior=False).fit(X_train, y_train)
     return {
         "log_evidence": round(clf.log_marginal_likelihood_value_ / clf.n_observations_, 4),
         "linear_term": round(clf.evidence_linear_term_, 4),
+        "nll": round(log_loss(y_test, clf.predict_proba(X_test), labels=clf.classes_), 4),
+        "epochs": [epochs, clf.n_iter_],  # the second number is of the polishing
         "seconds": round(time.process_time() - start, 1),
     }
 
 
-def fit_to_fold(model: str, seed: int, task: tuple[np.ndarray, ...], fold: int) -> dict[str, float]:
+def fit_to_fold(model: str, seed: int, task: Task, fold: int) -> dict[str, float]:
     """Log likelihood of the rows of one fold, by a fit to the others."""
-    X, y = task[:2]
+    X, y, X_test, y_test = task
     rows = StratifiedKFold(N_FOLDS, shuffle=True, random_state=seed).split(X, y)
     fitted, held_out = list(rows)[fold]
     start = time.process_time()
@@ -66,54 +75,89 @@ def fit_to_fold(model: str, seed: int, task: tuple[np.ndarray, ...], fold: int) 
     return {
         "log_likelihood": round(-log_loss(y[held_out], p, labels=clf.classes_, normalize=False), 2),
         "n_rows": len(held_out),
+        "nll": round(log_loss(y_test, clf.predict_proba(X_test), labels=clf.classes_), 4),
         "seconds": round(time.process_time() - start, 1),
     }
 
 
-def scores_of(
+class Opinion(NamedTuple):
+    """What a selector says of a model, more is better, and the test NLL of what it would choose."""
+
+    score: float
+    nll: float
+
+
+def opinions_of(
     whole: Mapping, folds: Mapping[int, Mapping], mode: Mapping | None
-) -> dict[str, float]:
-    """What each selector says of a model; more is better."""
+) -> dict[str, Opinion]:
+    """Those of each selector that has what it needs.
+
+    Scores of a hold-out are of fits to four fifths. It can choose the model, which is then fitted
+    to all rows, or the very network that it has scored.
+    """
     found = {}
     for name, fit in (("evidence", whole), ("polished evidence", mode)):
         if fit is not None:
-            found[name] = fit["log_evidence"]
-            found[f"{name}, linear term"] = fit["log_evidence"] + fit["linear_term"]
+            found[name] = Opinion(fit["log_evidence"], fit["nll"])
+            with_term = fit["log_evidence"] + fit["linear_term"]
+            found[f"{name}, linear term"] = Opinion(with_term, fit["nll"])
     if 0 in folds:
-        found["hold-out"] = folds[0]["log_likelihood"] / folds[0]["n_rows"]
+        score = folds[0]["log_likelihood"] / folds[0]["n_rows"]
+        found["hold-out"] = Opinion(score, whole["nll"])
+        found["hold-out, its own network"] = Opinion(score, folds[0]["nll"])
     if len(folds) == N_FOLDS:
         rows = sum(fold["n_rows"] for fold in folds.values())
-        found["five folds"] = sum(fold["log_likelihood"] for fold in folds.values()) / rows
+        score = sum(fold["log_likelihood"] for fold in folds.values()) / rows
+        found["five folds"] = Opinion(score, whole["nll"])
     return found
 
 
-def table_of(choices: Mapping[tuple, Mapping[str, tuple[float, Mapping]]]) -> list[tuple]:
-    """A row for each selector, from (test NLL, scores) by choice and model."""
-    ordered, regrets = defaultdict(list), defaultdict(list)
-    for models in choices.values():
-        if len(models) == 1:
-            continue
-        for (nll, scores), (other_nll, others) in combinations(models.values(), 2):
-            if abs(nll - other_nll) > MARGIN:
-                for selector in scores.keys() & others.keys():
-                    right = (scores[selector] > others[selector]) == (nll < other_nll)
-                    ordered[selector].append(right)
-        best = min(nll for nll, _ in models.values())
-        for selector in set.intersection(*(set(scores) for _, scores in models.values())):
-            chosen = max(models.values(), key=lambda found, s=selector: found[1][s])
-            regrets[selector].append(chosen[0] - best)
-    return [
-        (
-            selector,
-            str(len(right)),
-            f"{100 * np.mean(right):.0f} %",
-            str(len(regrets[selector])),
-            f"{np.mean(regrets[selector]):.3f} ± {standard_error(np.array(regrets[selector])):.3f}"
-            if len(regrets[selector]) > 1
-            else "",
+def table_of(choices: Iterable[Mapping[str, Mapping[str, Opinion]]]) -> list[tuple[str, ...]]:
+    """A row for each selector, from what each says of each model in each choice.
+
+    Errors are over choices, as the pairs of one choice are not independent of each other.
+    """
+    choices = list(choices)
+    selectors = dict.fromkeys(name for models in choices for of in models.values() for name in of)
+    rows = []
+    for selector in selectors:
+        asked = [
+            [of[selector] for of in models.values()]
+            for models in choices
+            if all(selector in of for of in models.values())
+        ]
+        regrets = [max(found).nll - min(of.nll for of in found) for found in asked]
+        rows.append(
+            (
+                selector,
+                str(len(asked)),
+                *(alike(asked, *gaps) for gaps in ((MARGIN, math.inf), (MARGIN, CLEAR))),
+                with_error(regrets),
+            )
         )
-        for selector, right in sorted(ordered.items())
-    ]
+    return rows
+
+
+def alike(asked: list[list[Opinion]], least: float, most: float) -> str:
+    """Part of the pairs, of NLLs so far apart, that a selector orders by NLL, with their number."""
+    right, n_pairs = [], 0
+    for found in asked:
+        pairs = [(a, b) for a, b in combinations(found, 2) if least < abs(a.nll - b.nll) <= most]
+        n_pairs += len(pairs)
+        if pairs:
+            right.append([(a.score > b.score) == (a.nll < b.nll) for a, b in pairs])
+    if not right:
+        return ""
+    together = 100 * np.mean([alike for choice in right for alike in choice])
+    error = 100 * standard_error(np.array([np.mean(choice) for choice in right]))
+    return f"{together:.0f} ± {error:.0f} % of {n_pairs}"
+
+
+def with_error(values: list[float]) -> str:
+    """Mean ± standard error."""
+    if not values:
+        return ""
+    return f"{np.mean(values):.3f} ± {standard_error(np.array(values)):.3f}"
 
 
 if __name__ == "__main__":
@@ -155,7 +199,9 @@ if __name__ == "__main__":
         }
         if run.key in to_all.by_key:
             whole = to_all.by_key[run.key]
-            scores = scores_of(whole, folds, kept.by_key.get(f"{key}, polished"))
-            choices.setdefault((data, name, seed), {})[model] = (whole["nll"], scores)
-    print(f"\nPairs of models whose test NLL differs by more than {MARGIN}")
-    print_table(("selector", "pairs", "ordered alike", "choices", "regret"), table_of(choices))
+            found = opinions_of(whole, folds, kept.by_key.get(f"{key}, polished"))
+            choices.setdefault((data, name, seed), {})[model] = found
+    complete = [models for models in choices.values() if len(models) == len(options.models)]
+    heads = ("selector", "choices", f"ordered alike, > {MARGIN}", f"{MARGIN} to {CLEAR}", "regret")
+    print("\nPairs of models by how far their test NLLs are apart; choices with all models fitted")
+    print_table(heads, table_of(complete))

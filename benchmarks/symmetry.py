@@ -4,16 +4,19 @@ Six tasks of known symmetry, made of scikit-learn's digits and of MNIST, in imag
 1000 for training; networks with one pathway, with two, and with all, of the same number of
 features in each layer, so that but for the head a sum contains its parts; each with the learned
 prior, at fixed precisions 1 (MAP) and at the precision that five-fold cross-validation chooses in
-the time that the learned prior took (chosen; asks for the other two), all else at its default.
-Everything depends on the seed: split, task and start.
+the time that the learned prior took (chosen; asks for that one), all else at its default.
+Everything depends on the seed: split, task and start. Of fixed precisions there is a second NLL
+(scaled), with logits scaled down to the least training loss that a learned prior leaves.
+NLLs are scikit-learn's, which count no probability of single precision below 1e-7: that favours
+what is too sure of itself.
 
 Digits are placed (quadrants, shifts) at 8×8 pixels on a canvas of 16×16, and turned or left as
 they are at 16×16: scikit-learn's interpolated, MNIST's averaged. Test sets are the 797 other digits
 and 2000 of MNIST's test images.
 
     python benchmarks/symmetry.py [--sets S ...] [--tasks T ...] [--models M ...]
-        [--priors P ...] [--seeds N ...] [--parameters JSON] [--mnist PATH] [--output PATH]
-        [--report]
+        [--priors P ...] [--seeds N ...] [--n-train N] [--parameters JSON] [--mnist PATH]
+        [--output PATH] [--report]
 
 What is there already is left out; several processes may write to one file. `--report` fits nothing.
 MNIST comes from an npz file with X_train, X_test of the shape (n, 1, 28, 28) from 0 to 255 and
@@ -23,7 +26,7 @@ y_train, y_test, or from OpenML. Processes that write to one file should have se
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -31,21 +34,24 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from harness import Results, interval, print_table, standard_error
+from harness import Results, print_table
+from scipy.special import log_softmax
 from sklearn.base import clone
 from sklearn.datasets import fetch_openml, load_digits
 from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from symmetry_tables import ALL, HEADS, SETS, Cell, Fits, codes, promises, table_of, told_apart
 from torch.nn import functional
 
 from sklearn_softeq import SoftEquivariantClassifier
+from sklearn_softeq.course import LEAST_LOSS
 from sklearn_softeq.datasets import make_quadrants, make_rotations, make_shifts
+from sklearn_softeq.likelihoods import Categorical
 
 OUTPUT = Path(__file__).with_suffix(".json")
 N_TRAIN, N_TEST = 1000, 2000
 SMALL, LARGE = 8, 16  # pixels of an image that is placed, and of one that is not
 N_BINS = 15
-SETS = ("digits", "mnist")
 
 TASKS = {
     "digit": (SMALL, lambda *data: make_quadrants(*data[:2], random_state=data[2])),
@@ -72,20 +78,16 @@ MODELS = {
     "conv + factored_fc": (("conv", "factored_fc"), 4),
     "conv + sparse_fc": (("conv", "sparse_fc"), 4),
     "p4_conv + factored_fc": (("p4_conv", "factored_fc"), 1),
-    "all": (("p4_conv", "conv", "factored_fc", "sparse_fc"), 1),
+    ALL: (("p4_conv", "conv", "factored_fc", "sparse_fc"), 1),
 }
-ALL = "all"
-#: Tasks with and without a symmetry, the change of the logits under it, and the pathways of the sum
-#: that do not keep it.
-PAIRS = (
-    ("digit", "quadrant", "shifts", ("factored_fc", "sparse_fc")),
-    ("rotated", "rotation", "turns", ("conv", "factored_fc", "sparse_fc", "free")),
-)
-HARD_CODED = ("conv", "factored_fc", "sparse_fc", "p4_conv")
-FREE = ("factored_fc", "sparse_fc")
 PRIORS = {"learned": {}, "MAP": {"learn_prior": False}, "chosen": {"learn_prior": False}}
-DECAYS = (1.0, 10.0, 100.0, 1000.0)  # the precisions to choose from by cross-validation
+#: The precisions to choose from by cross-validation. A fourth would leave the fits to the folds no
+#: more than ten epochs.
+DECAYS = (1.0, 10.0, 100.0)
 N_FOLDS = 5
+#: Seeds that had been looked at when a default was last changed (docs/design/sums.md).
+N_SEEN = 5
+EPOCHS_TIMED = 5  # of which the cost of an epoch is measured
 
 
 @cache
@@ -103,18 +105,18 @@ def mnist(path: str | None) -> tuple[np.ndarray, ...]:
 
 
 def images_of(
-    name: str, side: int, seed: int, path: str | None
+    name: str, side: int, seed: int, path: str | None, n_train: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Images for training and testing, (n, side, side) from 0 to 1, with their labels."""
     rng = np.random.default_rng(seed)
     if name == "digits":
         digits = load_digits()
         order = rng.permutation(len(digits.images))
-        train, test = order[:N_TRAIN], order[N_TRAIN:]
+        train, test = order[:n_train], order[n_train:]
         images = resized(digits.images / 16, side)
         return images[train], digits.target[train], images[test], digits.target[test]
     X_train, y_train, X_test, y_test = mnist(path)
-    train = rng.choice(len(X_train), N_TRAIN, replace=False)
+    train = rng.choice(len(X_train), n_train, replace=False)
     test = rng.choice(len(X_test), N_TEST, replace=False)
     padded = (np.pad(X / 255, ((0, 0), (2, 2), (2, 2))) for X in (X_train[train], X_test[test]))
     first, second = (resized(X, side) for X in padded)
@@ -131,40 +133,57 @@ def resized(images: np.ndarray, side: int) -> np.ndarray:
     return found[:, 0].numpy()
 
 
-def task_of(name: str, task: str, seed: int, path: str | None) -> tuple[np.ndarray, ...]:
+def task_of(
+    name: str, task: str, seed: int, path: str | None, n_train: int = N_TRAIN
+) -> tuple[np.ndarray, ...]:
     """X_train, y_train, X_test, y_test."""
     side, make = TASKS[task]
-    X_train, y_train, X_test, y_test = images_of(name, side, seed, path)
+    X_train, y_train, X_test, y_test = images_of(name, side, seed, path, n_train)
     rng = np.random.RandomState(seed)
     return *make(X_train, y_train, rng), *make(X_test, y_test, rng)
 
 
-class Budget(NamedTuple):
-    """Of a fit with the choice of its precision before it."""
+class Choice(NamedTuple):
+    """What cross-validation said of each precision."""
 
-    seconds: float
-    seconds_per_epoch: float
+    fold_epochs: int
+    scores: list[float]
 
 
 def choose_precision(
-    clf: SoftEquivariantClassifier, X: np.ndarray, y: np.ndarray, budget: Budget
-) -> None:
+    clf: SoftEquivariantClassifier, X: np.ndarray, y: np.ndarray, seconds: float
+) -> Choice:
     """Set the precision that is best in cross-validation, and the epochs of the fit after it.
 
-    Half of the time is for the fits to the folds, the other half for that to all rows. In those to
-    the folds all pathways begin together: trials would take most of their epochs.
+    Half of the seconds are for the training of fits to the folds, the other half for that to all
+    rows. In those to the folds all pathways begin together: trials would take most of their
+    epochs. What an epoch costs is measured beside them, and what the evidence at the end of a fit
+    costs is left out, as only the learned prior needs it.
     """
-    epochs = budget.seconds / 2 / budget.seconds_per_epoch
-    of_folds = epochs / (len(DECAYS) * (N_FOLDS - 1))  # each fit has four fifths of the rows
+    epochs = seconds / 2 / seconds_per_epoch(clf, X, y)
+    # Each fit to folds has four fifths of the rows.
+    of_folds = max(1, int(epochs / (len(DECAYS) * (N_FOLDS - 1))))
     cv = StratifiedKFold(N_FOLDS, shuffle=True, random_state=clf.random_state)
     search = GridSearchCV(
-        clone(clf).set_params(start="joint", max_epochs=max(1, int(of_folds))),
+        clone(clf).set_params(start="joint", max_epochs=of_folds),
         {"prior_precision": DECAYS},
         scoring="neg_log_loss",
         cv=cv,
         refit=False,
     )
     clf.set_params(**search.fit(X, y).best_params_, max_epochs=max(1, int(epochs)))
+    return Choice(of_folds, search.cv_results_["mean_test_score"].round(4).tolist())
+
+
+def seconds_per_epoch(clf: SoftEquivariantClassifier, X: np.ndarray, y: np.ndarray) -> float:
+    """Of training with all pathways: what more epochs add to the time of a fit."""
+
+    def seconds(epochs: int) -> float:
+        start = time.process_time()
+        clone(clf).set_params(start="joint", max_epochs=epochs).fit(X, y)
+        return time.process_time() - start
+
+    return max((seconds(1 + EPOCHS_TIMED) - seconds(1)) / EPOCHS_TIMED, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -177,27 +196,44 @@ class Run:
     prior: str
     seed: int
     parameters: str = "{}"
+    n_train: int = N_TRAIN
 
     @property
     def key(self) -> str:
         more = "" if self.parameters == "{}" else f", {self.parameters}"
+        more += "" if self.n_train == N_TRAIN else f", {self.n_train} images"
         return f"{self.data}, {self.task}, {self.model}, {self.prior}, {self.seed}{more}"
 
-    def measure(self, path: str | None, budget: Budget | None = None) -> dict:
-        """Fit and test."""
-        X_train, y_train, X_test, y_test = task_of(self.data, self.task, self.seed, path)
+    def measure(self, path: str | None, seconds: float | None = None) -> dict:
+        """Fit and test; with its precision chosen before, if there are seconds for both."""
+        X_train, y_train, X_test, y_test = task_of(
+            self.data, self.task, self.seed, path, self.n_train
+        )
         pathways, width = MODELS[self.model]
         parameters = {**PRIORS[self.prior], **json.loads(self.parameters)}
         clf = SoftEquivariantClassifier(
             pathways=pathways, width=width, random_state=self.seed, **parameters
         )
         start = time.process_time()
-        if budget is not None:
-            choose_precision(clf, X_train, y_train, budget)
+        choice = None if seconds is None else choose_precision(clf, X_train, y_train, seconds)
         clf.fit(X_train, y_train)
-        seconds = time.process_time() - start
-        found = measured(clf, X_train, y_train, X_test, y_test)
-        return {**found, "prior_precision": clf.prior_precision, "seconds": round(seconds, 1)}
+        found = {"seconds": round(time.process_time() - start, 1)}
+        found |= measured(clf, X_train, y_train, X_test, y_test)
+        found |= {} if choice is None else choice._asdict()
+        if self.prior != "learned":
+            found["scaled_nll"] = round(scaled_nll(clf, X_train, y_train, X_test, y_test), 4)
+        return {**found, "prior_precision": clf.prior_precision}
+
+
+def scaled_nll(clf, X_train, y_train, X_test, y_test) -> float:
+    """With the logits scaled down, if need be, to the least loss that a learned prior leaves."""
+    codes = torch.from_numpy(np.searchsorted(clf.classes_, y_train))
+    log_p = torch.from_numpy(clf.predict_log_proba(X_train))  # logits, but for a constant each
+    scale = Categorical().scale_of_outputs(
+        log_p, codes, torch.ones(len(codes)).double(), -LEAST_LOSS * len(codes)
+    )
+    p = np.exp(log_softmax(scale * clf.predict_log_proba(X_test), axis=1))
+    return log_loss(y_test, p, labels=clf.classes_)
 
 
 def measured(clf: SoftEquivariantClassifier, X_train, y_train, X_test, y_test) -> dict:
@@ -240,128 +276,6 @@ def calibration_error(classes: np.ndarray, y: np.ndarray, p: np.ndarray) -> floa
     return float(np.abs(gaps).sum() / len(y))
 
 
-Cell = tuple[str, str]
-Fits = dict[tuple[str, str], dict[int, dict]]  # by (model, prior) and seed
-
-
-def table_of(fits: Fits) -> list[tuple[str, ...]]:
-    """A row for each model and prior of a cell."""
-    best = best_hard_coded(fits)
-    rows = []
-    for (model, prior), by_seed in fits.items():
-        found = list(by_seed.values())
-        regret = differences(fits, (model, prior), best, "nll") if best else []
-        rows.append(
-            (
-                model,
-                prior,
-                str(len(found)),
-                interval([100 * f["accuracy"] for f in found], 1),
-                interval([f["nll"] for f in found], 3),
-                interval(regret, 3) if len(regret) else "",
-                interval([f["ece"] for f in found], 3),
-                interval([f["log_evidence"] for f in found]),
-                interval([f["linear_term"] for f in found]),
-                interval([of_pathways(f, "effective_dimensions").sum() for f in found], 1),
-                interval([f["shifts"][-1] for f in found]),
-                interval([f["turns"][-1] for f in found]),
-                f"{np.mean([f['epochs'] for f in found]):.0f}",
-                f"{np.mean([f['seconds'] for f in found]):.0f}",
-            )
-        )
-    return rows
-
-
-def of_pathways(fit: dict, figure: str, pathways: tuple[str, ...] = FREE) -> np.ndarray:
-    """A figure of these pathways, (layers, pathways)."""
-    names = fit["pathways"]
-    columns = [j for j, name in enumerate(names) if name in pathways]
-    return np.array(fit[figure], dtype=float)[:, columns]
-
-
-def told_apart(cells: dict[Cell, Fits]) -> list[tuple[str, ...]]:
-    """What the sum says of a symmetry where it is there and where it is broken, over seeds."""
-    rows = []
-    for data, (kept, broken, error, free) in product(SETS, PAIRS):
-        both = [cells.get((data, task), {}).get((ALL, "learned")) for task in (kept, broken)]
-        if not all(both):
-            continue
-        errors = [[fit[error][-1] for fit in fits.values()] for fits in both]
-        # A pathway that was removed has an infinite precision; the lowest one is the most open.
-        precisions = [
-            [
-                np.nan_to_num(of_pathways(fit, "log_precisions", free), nan=np.inf).min()
-                for fit in fits.values()
-            ]
-            for fits in both
-        ]
-        apart = max(errors[0]) < min(errors[1]) and min(precisions[0]) > max(precisions[1])
-        rows.append(
-            (
-                data,
-                f"{kept} / {broken}",
-                " / ".join(str(len(fits)) for fits in both),
-                " / ".join(f"{min(found):.2f} to {max(found):.2f}" for found in errors),
-                " / ".join(f"{min(found):.1f} to {max(found):.1f}" for found in precisions),
-                "yes" if apart else "no",
-            )
-        )
-    return rows
-
-
-def best_hard_coded(fits: Fits) -> tuple[str, str] | None:
-    """The network with one pathway, and learned prior, of the best mean NLL."""
-    there = [(model, "learned") for model in HARD_CODED if (model, "learned") in fits]
-    seeds = set.intersection(*(set(fits[k]) for k in there)) if there else set()
-    if not seeds:
-        return None
-    return min(there, key=lambda k: np.mean([fits[k][seed]["nll"] for seed in seeds]))
-
-
-def differences(fits: Fits, one: tuple, other: tuple, figure: str) -> np.ndarray:
-    """Of a figure between two models, over the seeds that both have."""
-    first, second = fits.get(one, {}), fits.get(other, {})
-    seeds = sorted(first.keys() & second.keys())
-    return np.array([first[s][figure] - second[s][figure] for s in seeds])
-
-
-def promises(cells: dict[Cell, Fits]) -> list[tuple[str, ...]]:
-    """All pathways against the best hard-coded network and against MAP, cell by cell."""
-    rows = []
-    for (data, task), fits in cells.items():
-        best = best_hard_coded(fits)
-        if best is None or not len(differences(fits, (ALL, "learned"), best, "nll")):
-            continue
-        cells_of = {
-            figure: differences(fits, (ALL, "learned"), best, figure)
-            for figure in ("nll", "log_evidence", "accuracy")
-        }
-        rivals = [
-            differences(fits, (ALL, "learned"), (ALL, prior), "nll") for prior in ("MAP", "chosen")
-        ]
-        nll, evidence, accuracy = (np.mean(found) for found in cells_of.values())
-        met = nll <= 0.02 and evidence >= -0.02 and accuracy >= -0.01
-        rows.append(
-            (
-                data,
-                task,
-                best[0],
-                str(len(cells_of["nll"])),
-                with_error(cells_of["nll"], 3),
-                with_error(cells_of["log_evidence"], 2),
-                with_error(100 * cells_of["accuracy"], 1),
-                *(with_error(found, 3) if len(found) else "" for found in rivals),
-                "yes" if met else "no",
-            )
-        )
-    return rows
-
-
-def with_error(values: np.ndarray, digits: int) -> str:
-    """Mean ± standard error."""
-    return f"{np.mean(values):+.{digits}f} ± {standard_error(values):.{digits}f}"
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
@@ -369,6 +283,7 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--priors", nargs="+", choices=PRIORS, default=["learned", "MAP"])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--n-train", type=int, default=N_TRAIN, help="images to fit to (1000)")
     parser.add_argument("--parameters", default="{}", help="of the classifier, as JSON")
     parser.add_argument("--mnist", help="npz file with MNIST (fetched from OpenML)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
@@ -383,26 +298,24 @@ if __name__ == "__main__":
     for seed, (cell, fits), model, prior in product(
         options.seeds, cells.items(), options.models, sorted(options.priors, key=list(PRIORS).index)
     ):
-        run = Run(*cell, model, prior, seed, options.parameters)
-        if run.key not in kept.by_key and options.report:
-            continue
+        run = Run(*cell, model, prior, seed, options.parameters, options.n_train)
         if run.key not in kept.by_key:
+            if options.report:
+                continue
             print(f"  {run.key}", flush=True)
-        budget = None
-        if prior == "chosen":
-            learned, fixed = (fits[model, other][seed] for other in ("learned", "MAP"))
-            budget = Budget(learned["seconds"], fixed["seconds"] / fixed["epochs"])
-        found = kept.get(run.key, lambda run=run, of=budget: run.measure(options.mnist, of))
+        learned = kept.by_key.get(replace(run, prior="learned").key)
+        if prior == "chosen" and learned is None:
+            continue  # there is no time to be had the same of
+        seconds = learned["seconds"] if prior == "chosen" else None
+        found = kept.get(run.key, lambda run=run, of=seconds: run.measure(options.mnist, of))
         fits.setdefault((model, prior), {})[seed] = found
-    head = ("model", "prior", "fits", "accuracy, %", "NLL", "regret", "ECE")
-    evidence = ("log evidence", "linear term")
-    errors = ("γ of free pathways", "logits, shifts", "logits, turns", "epochs", "seconds")
     for (data, task), fits in cells.items():
         if fits:
             print(f"\n{data}, {task}")
-            print_table((*head, *evidence, *errors), table_of(fits))
-    what = ("NLL", "log evidence", "accuracy, %", "NLL − MAP's", "NLL − chosen's")
-    print_table(("set", "task", "best hard-coded", "pairs", *what, "met"), promises(cells))
-    what = ("change of the logits", "lowest log precision that breaks it", "apart")
-    print()
-    print_table(("set", "tasks", "fits", *what), told_apart(cells))
+            print_table(HEADS["cell"], table_of(fits))
+    print_table(HEADS["promises"], promises(cells))
+    if later := promises(cells, first_seed=N_SEEN):
+        print(f"\nseeds from {N_SEEN} on, which no default was changed after")
+        print_table(HEADS["promises"], later)
+    print_table(HEADS["apart"], told_apart(cells))
+    print("fits by state of the package:", codes(cells))
