@@ -57,7 +57,7 @@ $(VENV)/.docs: $(VENV)/.installed
 	$(INSTALL) -e '.[docs]'
 	@touch $@
 
-bench: env ## a short version of every benchmark, ten minutes; rewrites its tables in docs/benchmarks.md
+bench: env ## short versions of the benchmarks, ten minutes; rewrites its tables in docs/benchmarks.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/report.py
 
 # torchvision comes along with laplace-torch, which needs nothing of it. The one that the index has

@@ -1,8 +1,9 @@
-"""A short version of every benchmark, and its last table in docs/benchmarks.md.
+"""Short versions of the benchmarks, and the last table of each in docs/benchmarks.md.
 
 Everything is run anew, with few rounds, epochs and cases: a look at where things stand, in at most
-ten minutes on two cores, and not what the rest of that page reports. Results go to a folder of
-their own, and those beside the benchmarks stay as they are.
+ten minutes on two cores, and not what the rest of that page reports. What has no short version is
+left out: searches and selections are of many fits, full_scale.py and gpu.py ask for a GPU. Results
+go to a folder of their own, and those beside the benchmarks stay as they are.
 
     python benchmarks/report.py [--output FOLDER] [--page PATH]
 """
@@ -23,6 +24,8 @@ BEGIN, END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
 SHORT = {
     "digits": "--part a --max-epochs 10",
     "orientation": "--seeds 0 --max-epochs 20",
+    "symmetry": "--sets digits --tasks digit --models conv factored_fc sparse_fc p4_conv all "
+    '--priors learned --seeds 0 --parameters {"max_epochs":20}',
     "layers": "--rounds 3",
     "factors": "--rounds 1",
     "overhead": "--rounds 1 --epochs 5 --classes 10",

@@ -78,7 +78,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         once only if these do so by more than 0.05 times the entropy of the labels (0.12 nats for
         each row of ten classes), and still do once each symmetry has had as many epochs again.
         While the best of several symmetries explains less than half of that entropy their trials
-        go on, too. None takes more than half of ``max_epochs``.
+        go on, too. None takes more than half of ``max_epochs``, and none goes on where that is
+        less than four times ``burn_in``.
         Where the symmetric pathways have learnt next to nothing, all begin anew as with "joint":
         all pathways at once from random weights, their sum divided by the root of their number
         (the paper, which takes the mean).
@@ -251,12 +252,12 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
     symmetry_trials_ : dict of str to float
         Log likelihood of the held-out fifth for each observation, in nats, at the end of the trial
         of each group ("p1": shifts alone), and of all pathways ("joint") where some have no
-        symmetry. Empty without trials.
+        symmetry. Trials of groups may have gone on for longer than that of all pathways, see
+        ``start``. Empty without trials.
     start_ : {"symmetric", "joint"}
         What training began with in the end: with the best group of the trials, or with all
-        pathways, if they led by more than 0.05 times the entropy of the labels, if they alone
-        predicted better than the frequencies of the labels, or if the symmetry had then learnt
-        next to nothing.
+        pathways, if they led as ``start`` says, if they alone predicted better than the
+        frequencies of the labels, or if the symmetry had then learnt next to nothing.
     scores_ : ndarray
         Log marginal likelihood at each evaluation, in nats.
     history_ : dict of ndarray
@@ -271,7 +272,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         ½ gᵀ(H + δ)⁻¹ g for each observation, in nats, with g the gradient of the log joint and H
         its curvature: what Laplace's estimate lacks where the weights are not at a mode. Where it
         is large against a difference of ``log_marginal_likelihood_value_ / n_observations_``,
-        that difference means nothing. NaN after ``partial_fit``, for which it would be too dear.
+        that difference means nothing; with the terms added differences are no better. NaN
+        after ``partial_fit``, for which it would be too dear.
     prior_precisions_by_name_ : dict of str to float
         Precision of each weight tensor, biases included; inf where a pathway was removed.
     lengthscales_by_name_ : dict of str to float

@@ -55,7 +55,8 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         once only if these do so by more than 0.1 nats for each output, at the noise that is best
         for each: if they leave less than 0.82 of the squares, and still do once each symmetry has
         had as many epochs again. While the best of several symmetries explains less than half of
-        the variance their trials go on, too. None takes more than half of ``max_epochs``.
+        the variance their trials go on, too. None takes more than half of ``max_epochs``, and
+        none goes on where that is less than four times ``burn_in``.
         Where the symmetric pathways have explained less than a fifth of the variance of the
         training data, all begin anew as with "joint": all pathways at once from random weights,
         their sum divided by the root of their number (the paper, which takes the mean).
@@ -148,7 +149,8 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
     symmetry_trials_ : dict of str to float
         Log likelihood of the held-out fifth for each observation, in nats, at the noise that is
         best for it, at the end of the trial of each group ("p1": shifts alone), and of all
-        pathways ("joint") where some have no symmetry. Empty without trials.
+        pathways ("joint") where some have no symmetry. Trials of groups may have gone on for
+        longer than that of all pathways, see ``start``. Empty without trials.
     start_ : {"symmetric", "joint"}
         What training began with in the end: with the best group of the trials, or with all
         pathways, if they led by what ``start`` says, if they alone predicted better than the mean
