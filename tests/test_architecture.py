@@ -103,6 +103,8 @@ TESTS_OF_THEIR_OWN = {
     "faults",
     "properties",
     "imports",
+    "benchmarks",
+    "full_scale",
 }
 
 # They know a tensor's name and the contract of its map, and nothing of the layer that has it.
