@@ -1,4 +1,4 @@
-"""The examples compile, and run with a budget of a few epochs."""
+"""The examples compile, run with a budget of a few epochs, and show what they say."""
 
 import os
 import re
@@ -17,9 +17,13 @@ def test_compiles(path):
     compile(path.read_text(encoding="utf-8"), path, "exec")
 
 
-def run(path, folder, *arguments):
-    environment = {**os.environ, "MPLBACKEND": "Agg", "SOFTEQ_MAX_EPOCHS": "6"}
+def run(path, folder, *arguments, max_epochs=6):
+    """What the example prints; without a cap of the epochs, at the budget that readers see."""
+    environment = {**os.environ, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(EXAMPLES.parent)
+    environment.pop("SOFTEQ_MAX_EPOCHS", None)
+    if max_epochs is not None:
+        environment["SOFTEQ_MAX_EPOCHS"] = str(max_epochs)
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:sklearn_softeq", path, *arguments],
         cwd=folder,
@@ -48,3 +52,27 @@ def test_demo(tmp_path):
 def test_plots_run_and_write_nothing(path, tmp_path):
     assert run(path, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_symmetry_is_told_from_none_within_a_minute(tmp_path):
+    before = os.times()
+    printed = run(EXAMPLES / "plot_did_my_data_have_this_symmetry.py", tmp_path, max_epochs=None)
+    after = os.times()
+    answers = re.findall(r"^label: (.+): a quarter turn is (.+)$", printed, re.MULTILINE)
+    assert answers == [("digit", "a symmetry"), ("digit and orientation", "no symmetry")]
+    assert re.findall(r"^    start: (.+)$", printed, re.MULTILINE) == ["symmetric", "joint"]
+    symmetric, broken = (
+        float(change) for change in re.findall(r"change of the logits .+ (\S+)$", printed, re.M)
+    )
+    assert symmetric < 0.25
+    assert broken > 1.1
+    used, free = (
+        float(share) for share in re.findall(r"effective dimensions .+ (\S+)%$", printed, re.M)
+    )
+    assert used < 10
+    assert free > 60
+    seconds = (after.children_user + after.children_system) - (
+        before.children_user + before.children_system
+    )  # of the processor: what else runs does not count
+    assert seconds < 1.5 * 60  # 52 of one thread, beside other work
