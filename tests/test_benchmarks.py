@@ -16,6 +16,23 @@ def benchmark(monkeypatch):
     return importlib.import_module
 
 
+def test_results_say_which_code_made_them(monkeypatch, tmp_path, benchmark):
+    harness = benchmark("harness")
+    monkeypatch.setattr(harness.sklearn_softeq, "__file__", str(tmp_path / "__init__.py"))
+    module = tmp_path / "module.py"
+
+    def digest(text):
+        module.write_text(text)
+        return harness.code()
+
+    first = digest('"""What."""\n\n\ndef f():\n    """How."""\n    return 1\n')
+    assert digest('"""Why."""\n\ndef f():\n    return 1  # so\n') == first
+    assert digest("def f():\n    return 2\n") != first
+    module.unlink()
+    assert harness.code() != first
+    assert harness.environment()["code"] == harness.CODE != first
+
+
 def fit(nll, seconds=10.0, **figures):
     found = {"nll": nll, "log_evidence": -1.0, "accuracy": 0.9, "seconds": seconds}
     return {**found, "environment": {}, **figures}
