@@ -37,9 +37,11 @@ __all__ = [
     "print_marks",
     "print_table",
     "ratio_cells",
+    "replaced",
     "smooth_images",
     "standard_error",
     "summary",
+    "table_text",
     "timed_rounds",
     "traces_of",
     "training_data",
@@ -191,6 +193,11 @@ def print_marks(rows: list[tuple[str, ...]]) -> None:
 
 
 def print_table(head, rows):
+    """Print a table in Markdown."""
+    print(f"\n{table_text(head, rows)}\n")
+
+
+def table_text(head, rows) -> str:
     """A table in Markdown."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
@@ -198,7 +205,16 @@ def print_table(head, rows):
         padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
         return f"| {' | '.join(padded)} |"
 
-    print("\n" + "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)]) + "\n")
+    return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)])
+
+
+def replaced(page: str, section: str, begin: str, end: str) -> str:
+    """A page with a new section between two lines that stay."""
+    before, found, rest = page.partition(f"{begin}\n")
+    _, also_found, after = rest.partition(end)
+    if not (found and also_found):
+        raise SystemExit(f"The page has no lines {begin} and {end} to write between.")
+    return f"{before}{begin}\n\n{section}\n\n{end}{after}"
 
 
 def training_data(X: np.ndarray | torch.Tensor, y: np.ndarray | torch.Tensor) -> TrainingData:

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from harness import environment
+from harness import environment, replaced
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
@@ -58,16 +58,7 @@ def section(tables: dict[str, str], minutes: float) -> str:
         f"scikit-learn {env['scikit-learn']}; {minutes:.0f} minutes in all."
     )
     parts = [f"`{name}.py {SHORT[name]}`\n\n{table}" for name, table in tables.items()]
-    return "\n\n".join([BEGIN, head, *parts, END])
-
-
-def replaced(page: str, section: str) -> str:
-    """The page with a new section between its markers."""
-    before, _, rest = page.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"The page has no lines {BEGIN} and {END} to write between.")
-    return before + section + after
+    return "\n\n".join([head, *parts])
 
 
 if __name__ == "__main__":
@@ -84,5 +75,5 @@ if __name__ == "__main__":
     minutes = (time.perf_counter() - start) / 60
     # Read only now: others may have written to it in the meantime.
     page = options.page.read_text()
-    options.page.write_text(replaced(page, section(tables, minutes)))
+    options.page.write_text(replaced(page, section(tables, minutes), BEGIN, END))
     print(f"{options.page} rewritten, {minutes:.1f} minutes")

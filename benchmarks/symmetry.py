@@ -16,7 +16,7 @@ and 2000 of MNIST's test images.
 
     python benchmarks/symmetry.py [--sets S ...] [--tasks T ...] [--models M ...]
         [--priors P ...] [--seeds N ...] [--n-train N] [--parameters JSON] [--mnist PATH]
-        [--output PATH] [--report]
+        [--output PATH] [--page PATH] [--report]
 
 What is there already is left out; several processes may write to one file. `--report` fits nothing.
 MNIST comes from an npz file with X_train, X_test of the shape (n, 1, 28, 28) from 0 to 255 and
@@ -34,13 +34,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from harness import Results, print_table
+from harness import Results, replaced
 from scipy.special import log_softmax
 from sklearn.base import clone
 from sklearn.datasets import fetch_openml, load_digits
 from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from symmetry_tables import ALL, HEADS, SETS, Cell, Fits, codes, promises, table_of, told_apart
+from symmetry_tables import ALL, SETS, Cell, Fits, report
 from torch.nn import functional
 
 from sklearn_softeq import SoftEquivariantClassifier
@@ -85,8 +85,7 @@ PRIORS = {"learned": {}, "MAP": {"learn_prior": False}, "chosen": {"learn_prior"
 #: more than ten epochs.
 DECAYS = (1.0, 10.0, 100.0)
 N_FOLDS = 5
-#: Seeds that had been looked at when a default was last changed (docs/design/sums.md).
-N_SEEN = 5
+BEGIN, END = "<!-- symmetry.py: begin -->", "<!-- symmetry.py: end -->"
 EPOCHS_TIMED = 5  # of which the cost of an epoch is measured
 
 
@@ -288,6 +287,7 @@ if __name__ == "__main__":
     parser.add_argument("--mnist", help="npz file with MNIST (fetched from OpenML)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
     parser.add_argument("--output", default=OUTPUT, help="where results go (beside this file)")
+    parser.add_argument("--page", type=Path, help="page to write the tables to")
     parser.add_argument("--report", action="store_true", help="tables of what is there, no fits")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -309,13 +309,7 @@ if __name__ == "__main__":
         seconds = learned["seconds"] if prior == "chosen" else None
         found = kept.get(run.key, lambda run=run, of=seconds: run.measure(options.mnist, of))
         fits.setdefault((model, prior), {})[seed] = found
-    for (data, task), fits in cells.items():
-        if fits:
-            print(f"\n{data}, {task}")
-            print_table(HEADS["cell"], table_of(fits))
-    print_table(HEADS["promises"], promises(cells))
-    if later := promises(cells, first_seed=N_SEEN):
-        print(f"\nseeds from {N_SEEN} on, which no default was changed after")
-        print_table(HEADS["promises"], later)
-    print_table(HEADS["apart"], told_apart(cells))
-    print("fits by state of the package:", codes(cells))
+    text = report(cells)
+    print(f"\n{text}")
+    if options.page is not None:
+        options.page.write_text(replaced(options.page.read_text(), text, BEGIN, END))

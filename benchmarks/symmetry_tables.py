@@ -3,17 +3,19 @@
 from itertools import product
 
 import numpy as np
-from harness import interval, standard_error
+from harness import interval, standard_error, table_text
 
 __all__ = [
     "ALL",
     "HARD_CODED",
     "HEADS",
+    "SETS",
     "Cell",
     "Fits",
     "best_hard_coded",
     "codes",
     "promises",
+    "report",
     "table_of",
     "told_apart",
 ]
@@ -31,6 +33,9 @@ PAIRS = (
 #: Pairs of fits at which the promise is kept or not, and fits of each task at which symmetries are
 #: told apart or not; with fewer the answer is only so far.
 ENOUGH_PAIRS, ENOUGH_FITS = 20, 5
+
+#: Seeds that had been looked at when a default was last changed (docs/design/sums.md).
+N_SEEN = 5
 
 Cell = tuple[str, str]
 Fits = dict[tuple[str, str], dict[int, dict]]  # by (model, prior) and seed
@@ -220,3 +225,20 @@ def codes(cells: dict[Cell, Fits]) -> dict[str, int]:
                 code = fit["environment"].get("code", "not recorded")
                 found[code] = found.get(code, 0) + 1
     return found
+
+
+def report(cells: dict[Cell, Fits]) -> str:
+    """All tables, in Markdown."""
+    parts = []
+    for (data, task), fits in cells.items():
+        if fits:
+            parts += [f"## {data}, {task}", table_text(HEADS["cell"], table_of(fits))]
+    parts += ["## The promise", table_text(HEADS["promises"], promises(cells))]
+    if later := promises(cells, first_seed=N_SEEN):
+        parts += [
+            f"Of seeds from {N_SEEN} on, after which no default was changed:",
+            table_text(HEADS["promises"], later),
+        ]
+    parts += ["## Symmetries told apart", table_text(HEADS["apart"], told_apart(cells))]
+    states = ", ".join(f"{n} by {code}" for code, n in codes(cells).items())
+    return "\n\n".join([*parts, f"Fits by states of the code: {states}."])

@@ -228,3 +228,42 @@ def test_what_selectors_say(benchmark):
     found = selection.opinions_of(whole, {**dict.fromkeys(range(4), fold), 4: last}, mode)
     assert found["polished evidence"] == (-2.0, 0.6)
     assert found["five folds"] == (-110.0 / 170, 0.3)
+
+
+def test_a_section_of_a_page_is_replaced(benchmark):
+    replaced = benchmark("harness").replaced
+    page = "before\n<!-- a -->\n\nold\n\n<!-- b -->\nafter\n"
+    new = replaced(page, "new", "<!-- a -->", "<!-- b -->")
+    assert new == "before\n<!-- a -->\n\nnew\n\n<!-- b -->\nafter\n"
+    assert replaced(new, "new", "<!-- a -->", "<!-- b -->") == new
+    with pytest.raises(SystemExit, match="no lines"):
+        replaced("before\n<!-- a -->\n", "new", "<!-- a -->", "<!-- b -->")
+
+
+def whole_fit(nll, pathways):
+    n = len(pathways)
+    figures = {"ece": 0.1, "linear_term": 0.2, "shifts": [0.0, 0.1], "turns": [0.0, 0.3]}
+    of_pathways = {"effective_dimensions": [[2.0] * n] * 2, "log_precisions": [[1.5] * n] * 2}
+    return fit(nll, **figures, **of_pathways, pathways=pathways, epochs=7)
+
+
+def test_report_has_a_table_of_each_cell(benchmark):
+    tables = benchmark("symmetry_tables")
+    fits = {
+        (model, "learned"): {seed: whole_fit(nll + 0.02 * seed, [model]) for seed in (0, 5)}
+        for model, nll in {**dict.fromkeys(tables.HARD_CODED, 1.0), "conv": 0.5}.items()
+    }
+    fits["all", "learned"] = {
+        seed: whole_fit(0.4, ["conv", "factored_fc", "sparse_fc"]) for seed in (0, 5)
+    }
+    text = tables.report({("digits", "digit"): fits, ("mnist", "plain"): {}})
+    assert "## digits, digit" in text
+    assert "## mnist, plain" not in text
+    row = next(line for line in text.splitlines() if line.startswith("| all "))
+    row = dict(zip(tables.HEADS["cell"], (c.strip() for c in row.split("|")[1:-1]), strict=True))
+    assert row["NLL"] == "0.400 ± 0.000"
+    assert row["regret"] == "-0.150 ± 0.635"  # −.1 and −.2, and Student's t of one degree
+    assert row["γ of free pathways"] == "8.0 ± 0.0"
+    assert row["lowest log δ of them"] == "1.5"
+    assert text.count("so far yes") == 2  # all seeds, and those from 5 on
+    assert text.endswith("Fits by states of the code: 10 by not recorded.")
