@@ -68,18 +68,18 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         Also learn, by the evidence, the lengthscales of the interpolations of sparse pathways,
         one of each map. False, or ``learn_prior=False``, leaves them at one pixel.
     start : {"symmetric", "joint"}, default="symmetric"
-        "symmetric": the pathways of one symmetry alone until ``burn_in``, then all, the others
-        from zero, with their log determinants counted four times in the hyper steps; one that the
+        "symmetric": the pathways of one symmetry alone until ``burn_in``, then all, the others from
+        zero, with their log determinants counted four times in the hyper steps; one that the
         evidence switches off is removed. If some pathways have no symmetry, or there are several,
-        such as shifts with and without quarter turns, each symmetry, and all pathways at once,
-        have a trial of twice ``burn_in`` epochs on four fifths of the rows (of several symmetries
-        each has three random starts, of which the best goes on after half of them). Training goes
-        on, with all rows, from the one that predicts the other fifth best; with all pathways at
-        once only if these do so by more than 0.05 times the entropy of the labels (0.12 nats for
-        each row of ten classes), and still do once each symmetry has had as many epochs again.
-        While the best of several symmetries explains less than half of that entropy their trials
-        go on, too. None takes more than half of ``max_epochs``, and none goes on where that is
-        less than four times ``burn_in``.
+        such as shifts with and without quarter turns, each symmetry, and all pathways at once, have
+        a trial of twice ``burn_in`` epochs on four fifths of the rows (where quarter turns or
+        reflections are among them each symmetry has three random starts, of which the best goes on
+        after half of these epochs). Training goes on, with all rows, from the one that predicts the
+        other fifth best; with all pathways at once only if these do so by more than 0.05 times the
+        entropy of the labels (0.12 nats for each row of ten classes), and still do once each
+        symmetry has had as many epochs again. While the best of several symmetries explains less
+        than half of that entropy their trials go on, too. None takes more than half of
+        ``max_epochs``, and none goes on where that is less than four times ``burn_in``.
         Where the symmetric pathways have learnt next to nothing, all begin anew as with "joint":
         all pathways at once from random weights, their sum divided by the root of their number
         (the paper, which takes the mean).

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from skorch.callbacks import Callback
 
 from .batches import TrainingData
-from .groups import PointGroup
+from .groups import P1, PointGroup
 from .schedules import LearningRate
 from .states import WeightMean
 from .training import DivergedError, SoftEquivariantNet
@@ -33,8 +33,8 @@ HELD_OUT = 5
 #: Rows below which nothing is judged. The deviation of one row's log likelihood is about a nat.
 FEWEST_HELD = 5
 
-#: Random starts of each symmetry of several. A network of a few channels may learn nothing for
-#: twenty epochs from a bad one, and its symmetry would be judged by that.
+#: Random starts of each symmetry where one is larger than shifts alone. Such networks have few
+#: channels, may learn nothing for twenty epochs from a bad start, and would be judged by that.
 N_TRIALS = 3
 
 #: Part of the entropy of the labels by which a smaller symmetry has to predict better than a larger
@@ -130,9 +130,10 @@ def best_symmetry(
 
     Notes
     -----
-    Where there are several groups each has :data:`N_TRIALS` nets; after half of the epochs the
-    best of them goes on. All pathways together learn faster, and are soon as good as they get:
-    they are judged by their first trial, and have to lead the symmetries by the second as well.
+    Where a group is larger than shifts alone each has :data:`N_TRIALS` nets; after half of the
+    epochs the best of them goes on. All pathways together learn faster, and are soon as good as
+    they get: they are judged by their first trial, and have to lead the symmetries by the second
+    as well.
 
     References
     ----------
@@ -141,9 +142,10 @@ def best_symmetry(
     at the mode: it hangs less on the prior, with which no network has been fitted yet.
     """
     several = sum(group is not None for group in groups) > 1
+    narrow = any(group not in (None, P1) for group in groups)
     tried = {}
     for group in groups:
-        n_starts = N_TRIALS if several and group is not None else 1
+        n_starts = N_TRIALS if narrow and group is not None else 1
         tried[group] = _best_start(partial(build, group), n_starts, rate, kept, held)
     joint = tried.pop(None, None)
     yardstick = Yardstick.of(next(iter(tried.values()))[1], held)

@@ -176,6 +176,26 @@ def test_a_smaller_symmetry_needs_a_margin(leads, best, monkeypatch):
     assert list(found.values()) == scores
 
 
+@pytest.mark.parametrize(
+    ("groups", "n_starts"),
+    [
+        ((P4, P1, None), {P4: N_TRIALS, P1: N_TRIALS, None: 1}),
+        ((P4, None), {P4: N_TRIALS, None: 1}),
+        ((PM, None), {PM: N_TRIALS, None: 1}),
+        ((P1, None), {P1: 1, None: 1}),
+    ],
+)
+def test_narrow_networks_have_several_starts(groups, n_starts):
+    built = []
+
+    def build(group, number, trial):
+        built.append((group, number))
+        return trial_net(trial, group=group, pathways=PATHWAYS)
+
+    best_symmetry(build, groups, rate, *parts())
+    assert built == [(group, number) for group in groups for number in range(n_starts[group])]
+
+
 def entropy_of(data):
     counts = torch.bincount(data.targets, data.weights)
     shares = counts[counts > 0] / counts.sum()
