@@ -55,6 +55,8 @@ HEADS = {
         *("lowest log precision that breaks it", "apart"),
     ),
 }
+#: Columns of a cell's table that say how good its fits are, and what they have learned.
+SCORES, LEARNED = (0, 1, 2, 3, 4, 5, 6, 13, 14), (0, 1, 7, 8, 9, 10, 11, 12)
 
 
 def table_of(fits: Fits) -> list[tuple[str, ...]]:
@@ -232,7 +234,12 @@ def report(cells: dict[Cell, Fits]) -> str:
     parts = []
     for (data, task), fits in cells.items():
         if fits:
-            parts += [f"## {data}, {task}", table_text(HEADS["cell"], table_of(fits))]
+            head, rows = HEADS["cell"], table_of(fits)
+            # In two: a page is not so wide.
+            parts += [f"## {data}, {task}"] + [
+                table_text([head[j] for j in some], [[row[j] for j in some] for row in rows])
+                for some in (SCORES, LEARNED)
+            ]
     parts += ["## The promise", table_text(HEADS["promises"], promises(cells))]
     if later := promises(cells, first_seed=N_SEEN):
         parts += [

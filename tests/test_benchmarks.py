@@ -259,8 +259,15 @@ def test_report_has_a_table_of_each_cell(benchmark):
     text = tables.report({("digits", "digit"): fits, ("mnist", "plain"): {}})
     assert "## digits, digit" in text
     assert "## mnist, plain" not in text
-    row = next(line for line in text.splitlines() if line.startswith("| all "))
-    row = dict(zip(tables.HEADS["cell"], (c.strip() for c in row.split("|")[1:-1]), strict=True))
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith(("| model ", "| all "))
+    ]
+    row = {}  # of two tables
+    for head, found in (lines[:2], lines[2:]):
+        row |= dict(zip(head, found, strict=True))
+    assert row.keys() == set(tables.HEADS["cell"])
     assert row["NLL"] == "0.400 ± 0.000"
     assert row["regret"] == "-0.150 ± 0.635"  # −.1 and −.2, and Student's t of one degree
     assert row["γ of free pathways"] == "8.0 ± 0.0"
