@@ -81,8 +81,8 @@ MODELS = {
     ALL: (("p4_conv", "conv", "factored_fc", "sparse_fc"), 1),
 }
 PRIORS = {"learned": {}, "MAP": {"learn_prior": False}, "chosen": {"learn_prior": False}}
-#: The precisions to choose from by cross-validation. A fourth would leave the fits to the folds no
-#: more than ten epochs.
+#: The precisions to choose from by cross-validation. With a fourth, by what fits take, those to the
+#: folds would have about ten epochs.
 DECAYS = (1.0, 10.0, 100.0)
 N_FOLDS = 5
 BEGIN, END = "<!-- symmetry.py: begin -->", "<!-- symmetry.py: end -->"
