@@ -117,7 +117,7 @@ class Pass:
         return traces_of(self.network, self.data)
 
     def constants(self) -> dict[str, Factor]:
-        """Factors that hang on no weight."""
+        """Factors that depend on no weight."""
         rows = rows_of_a_pass(self.network)
         form = self.estimate.estimator.kfac
         return input_factors(self.network, self.data.in_order(rows), kfac=form, unit_weights=True)

@@ -81,7 +81,7 @@ class Setting:
         )
 
     def data(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images of noise; times do not hang on what is in them."""
+        """Images of noise; times do not depend on what is in them."""
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(self.n_rows, *self.shape, generator=generator)
         return images, torch.arange(self.n_rows) % self.n_classes

@@ -187,7 +187,7 @@ def seconds_per_epoch(clf: SoftEquivariantClassifier, X: np.ndarray, y: np.ndarr
 
 @dataclass(frozen=True)
 class Run:
-    """One fit, and all that it hangs on."""
+    """One fit, and all that it depends on."""
 
     data: str
     task: str

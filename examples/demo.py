@@ -7,7 +7,7 @@ scikit-learn.
 
     python examples/demo.py [--max-epochs N] [--n-train N] [--figure PATH]
 
-With the default sizes it takes two to three minutes on two cores.
+With the default sizes it takes three to five minutes on two cores.
 """
 
 import argparse

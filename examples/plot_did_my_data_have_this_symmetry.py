@@ -35,8 +35,8 @@ tasks = {names[task]: load_digit_tasks(task=task, n_train=800) for task in names
 #
 # Before training each symmetry, and all pathways together, have a trial: twice ``burn_in`` epochs,
 # on four fifths of the images. Where all together lead, the symmetries have as many again to catch
-# up, provided that no trial takes more than half of ``max_epochs``: eight times ``burn_in`` is
-# enough for that, and less leaves out this second look.
+# up, if that leaves half of ``max_epochs``: eight times ``burn_in`` is enough for it, and less
+# leaves out this second look.
 
 import warnings
 

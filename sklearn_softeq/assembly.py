@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from skorch.callbacks import Callback
+from torch import nn
 
+from .anchors import Interpolation
 from .batches import AUGMENTATIONS, Batches, TrainingData, batch_rows
-from .budget import plan_curvature
+from .budget import CurvaturePlan, plan_curvature
 from .course import Course, EvidenceStep, Preconditioner
 from .groups import PointGroup
 from .layers import PATHWAYS
@@ -58,12 +60,15 @@ class Assembly:
     seeds : Seeds
     tasks : Callback, optional
         What is to be told about each epoch of training, not of trials.
+    to_train : bool, default=True
+        False: nets are for predictions alone, and need no memory for training.
     """
 
     clf: Any
     data: TrainingData
     seeds: Seeds
     tasks: Callback | None = None
+    to_train: bool = True
 
     def first(self, endless: bool) -> tuple[dict[str, float], SoftEquivariantNet]:
         """A net at its start, and the scores of the symmetries that have been tried for it."""
@@ -92,7 +97,9 @@ class Assembly:
     def further(self, previous: SoftEquivariantNet, endless: bool) -> SoftEquivariantNet:
         """A net that goes on from another one."""
         before, begun = previous.course, len(previous.history)
-        start = before.start.again() if self.clf.start == "symmetric" else JointStart()
+        # What is held back is released by the start that did so.
+        goes_on = self.clf.start == "symmetric" or before.holding
+        start = before.start.again() if goes_on else JointStart()
         course = self._course(start, self.burn_in, before.holding, endless)
         if not before.holding:  # the ramp goes on where it was, if it is not over
             course.evidence.ramp = before.evidence.ramp
@@ -109,7 +116,7 @@ class Assembly:
     @property
     def burn_in(self) -> int:
         """Epochs of a symmetry alone."""
-        return min(self.clf.burn_in, self._half)
+        return min(int(self.clf.burn_in), self._half)
 
     @property
     def _doublings(self) -> int:
@@ -119,7 +126,7 @@ class Assembly:
     @property
     def _half(self) -> int:
         """What a short training can spare before it needs all of its pathways."""
-        return max(self.clf.max_epochs // 2, 1)
+        return max(int(self.clf.max_epochs) // 2, 1)
 
     @property
     def initial_rate(self) -> float:
@@ -208,7 +215,7 @@ class Assembly:
             burn_in=burn_in,
             every=clf.evidence_every,
             plan=partial(
-                plan_curvature,
+                _plan,
                 n_columns=self._n_columns,
                 curvature=clf.curvature,
                 samples=clf.curvature_samples,
@@ -258,10 +265,17 @@ class Assembly:
             module__activation=clf.activation,
             module__anchor_fraction=clf.anchor_fraction,
             module__dtype=self.data.inputs.dtype,
+            module__to_train=self.to_train,
             **{f"optimizer__{name}": value for name, value in optimizer.settings.items()},
         )
         net.origin = clf.get_params(deep=False), self.seeds
         return net.initialize()
+
+
+def _plan(network: nn.Module, n_rows: int, lengthscales: bool, **options: Any) -> CurvaturePlan:
+    """As :func:`plan_curvature` says; lengthscales cost something where there are any."""
+    there = any(isinstance(module, Interpolation) for module in network.modules())
+    return plan_curvature(network, n_rows, lengthscales=lengthscales and there, **options)
 
 
 def _augmentation(augment):

@@ -70,7 +70,7 @@ FLAT = 1e-5
 
 
 class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
-    """The part of an estimator that does not hang on what is predicted.
+    """The part of an estimator that does not depend on what is predicted.
 
     Parameters and attributes are those of the estimators.
     """
@@ -243,7 +243,7 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
     def _fit(self, X, y, sample_weight, known=None):
         previous = self._previous()
         tasks = self._tasks(X, y, sample_weight)
-        with self._unchanged_on_error(KeyboardInterrupt):
+        with self._unchanged_on_error(KeyboardInterrupt if previous is None else BaseException):
             with self._unchanged_on_error():
                 data = self._shared(X, y, sample_weight, known)
                 run = self._run(data, previous)
@@ -387,7 +387,7 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
             figure.astype(X.dtype)[:, None, None]
             for figure in (self.channel_mean_, self.channel_scale_)
         )
-        # In memory of torch's: last digits can hang on how it is aligned, and NumPy aligns it
+        # In memory of torch's: last digits can depend on how it is aligned, and NumPy aligns it
         # otherwise in each process.
         found = torch.empty(images.shape, dtype=getattr(torch, np.dtype(dtype).name))
         np.divide(images - mean, scale, out=found.numpy(), casting="same_kind")
@@ -407,7 +407,8 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
 
     def _so_far(self, net: SoftEquivariantNet) -> dict[str, Any]:
         """What makes a copy of the estimator predict as its net does now."""
-        return {"net_": unpacked(packed(net), self), "n_iter_": len(net.history)}
+        so_far = {"net_": unpacked(packed(net), self), "n_iter_": len(net.history)}
+        return {**so_far, "predictive": "map"}  # the posterior comes at the end
 
     def _run(self, data: TrainingData, previous: SoftEquivariantNet | None) -> Run | None:
         """Where a fit is kept on disk, if it is."""
@@ -450,7 +451,7 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
             self.posterior_ = Posterior.unpacked(outcome["posterior"]).to(self.device_)
         losses = [row["train_loss"] for row in net.history if "train_loss" in row]
         self.n_iter_, self.loss_curve_ = len(losses), np.array(losses)
-        self.start_ = net.course.start.name
+        self.start_ = net.course.start.begun_with(network)
         self.history_ = _evaluations(net)
         self.log_marginal_likelihood_value_ = evidence = outcome["evidence"]
         self.evidence_linear_term_ = outcome["linear_term"]
@@ -521,8 +522,10 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
 
     def _map_outputs(self, X) -> torch.Tensor:
         """Outputs of the network, (n, K)."""
-        n_rows = BATCH_ROWS if self.batch_size == "auto" else self.batch_size
-        return map_outputs(self.module_, self._new_images(X), n_rows)
+        # Each pass has as many rows, so that none depends on how many there are: a single one must
+        # not cost what large steps do.
+        most = BATCH_ROWS if self.batch_size == "auto" else int(self.batch_size)
+        return map_outputs(self.module_, self._new_images(X), min(most, BATCH_ROWS))
 
     def equivariance_error(self, X, group="translation"):
         """How far the layers and the whole network are from commuting with a group.

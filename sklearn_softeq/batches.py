@@ -106,7 +106,7 @@ class TrainingData(torch.utils.data.Dataset):
         """
         direction = torch.randn(self.inputs[0].numel(), generator=generator).to(self.inputs)
         parts = self.inputs.flatten(1).split(4096)
-        # Not a matrix product, in which the last bit may hang on a row's place among the others.
+        # Not a matrix product, in which the last bit may depend on a row's place among the others.
         along = torch.cat([(part * direction).sum(1) for part in parts])
         order, strata = along.argsort(), self._strata
         order = order[strata[order].argsort(stable=True)]
@@ -252,7 +252,7 @@ class Batches:
         return torch.tensor_split(order, math.ceil(n_rows / self.batch_size))
 
     def _augmented(self, augment: Augmentation, inputs: torch.Tensor) -> torch.Tensor:
-        """The images after augmentation, whose random numbers hang on our state alone."""
+        """The images after augmentation, whose random numbers depend on our state alone."""
         seed = self.augment_state.randint(2**31 - 1)
         devices = [inputs.device] if inputs.is_cuda else []
         # The global generators are lent to it, to one thread at a time.

@@ -29,7 +29,7 @@ __all__ = [
 BUDGET = 0.07
 
 #: Rows × columns of the output Hessian that "auto" treats exactly whatever their share of the
-#: time is: that is a fraction of a second, and a fit that hangs on no chance.
+#: time is: that is a fraction of a second, and a fit without chance in it.
 EXACT_COLUMNS = 4096
 
 #: Rows of a subset: fewer estimate a log determinant too badly (256: by 2 to 5 %), more than the

@@ -255,7 +255,7 @@ class EvidenceStep(Callback):
         return found.parts
 
     def _input_factors(self, net: SoftEquivariantNet) -> dict[str, Factor]:
-        """Those that hang on no weight, of all rows, computed once for each set of pathways."""
+        """Those that depend on no weight, of all rows, computed once for each set of pathways."""
         enabled = set(net.enabled_tensors())
         if not enabled <= self._covered:
             self._covered = enabled
@@ -605,7 +605,7 @@ class Course(Callback):
             joint = final.log_likelihood - 0.5 * final.scatter
             figure = (final.value if evidence.steps else joint) / net.data_.n_observations
             if self.best is not None and self.best[0] > figure:
-                restored = self._returned(net, self.best[1])
+                restored = self._returned(net, self.best[1], final.value)
         self.best = None
         if restored or evidence.sampled or last.noise is not None:
             del last  # the curvature of these weights or rows, or at another noise
@@ -637,8 +637,12 @@ class Course(Callback):
     def _average(self, net: SoftEquivariantNet) -> None:
         """Take the mean weights of the cool-down; with a learned prior, no surer than may be."""
         self.mean.load(net.enabled_tensors())
-        if self.evidence.learns_prior and not self.endless:
-            net.temper(-LEAST_LOSS * net.weight_sum_.item())
+        self._tempered(net)
+
+    def _tempered(self, net: SoftEquivariantNet) -> bool:
+        """Whether the network was surer than may be, and is no longer."""
+        may_be = self.endless or not self.evidence.learns_prior
+        return not may_be and net.temper(-LEAST_LOSS * net.weight_sum_.item())
 
     def _settled(self, net: SoftEquivariantNet, last: LaplaceEvidence) -> LaplaceEvidence:
         """Take out what is as good as off, if the evidence does not fall by what would count."""
@@ -653,16 +657,19 @@ class Course(Callback):
         restore(net, here)
         return last
 
-    def _returned(self, net: SoftEquivariantNet, best: State) -> bool:
-        """Return to the best state; where figures are of samples, if all rows say so, too."""
-        evidence, here, now = self.evidence, None, state_of(net)
+    def _returned(self, net: SoftEquivariantNet, best: State, here: float) -> bool:
+        """Return to the best state, no surer than may be, from one of the evidence ``here``.
+
+        Where figures are of samples, or that state was surer, only if all rows still say so.
+        """
+        evidence, now = self.evidence, state_of(net)
         if evidence.sampled:
-            here = evidence.complete(net).evidence(net.log_hyperparameters())
+            here = evidence.complete(net).evidence(net.log_hyperparameters()).value
         restore(net, best)
-        if here is None:
+        if not self._tempered(net) and not evidence.sampled:
             return True
-        there = evidence.complete(net).evidence(net.log_hyperparameters())
-        better = net.processes_.agreed(there.value > here.value)
+        there = evidence.complete(net).evidence(net.log_hyperparameters()).value
+        better = net.processes_.agreed(there > here)
         if not better:
             restore(net, now)
         return better

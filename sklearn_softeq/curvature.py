@@ -15,7 +15,7 @@ the log likelihood, in which everything follows, is Σ g · ∂out with g for th
 Where outputs have noises of their own, Γ = Σ_k Γ_k with Γ_k what output k adds, in proportion to
 its 1/σ²_k. These parts are kept if they are asked for, or their traces alone where they are large.
 
-Gradients of weights are never formed; hooks live inside one call and hang on no layer after it.
+Gradients of weights are never formed; hooks live inside one call and depend on no layer after it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -198,7 +198,7 @@ def kronecker_factors(
         Also what each output adds to Γ. The columns have to be exact, one for each output.
     constants : mapping of str to Factor, optional
         Mean input factors of the maps that see the images themselves, by name, as
-        :func:`input_factors` finds them. They hang on no weight.
+        :func:`input_factors` finds them. They depend on no weight.
     own : slice, optional
         The rows of each batch that this process sees, if others see the rest.
     reduction : callable, optional
@@ -251,9 +251,9 @@ def input_factors(
 ) -> dict[str, Factor]:
     """Mean input factors A of the maps that see the images themselves, by the name of the map.
 
-    They hang on no weight, and are the same for all evidences of a fit. Which they are is seen from
-    one row; of the others only what comes before the last of these maps is computed. Maps at
-    anchors, whose tokens hang on ω, are left out.
+    They depend on no weight, and are the same for all evidences of a fit. Which they are is seen
+    from one row; of the others only what comes before the last of these maps is computed. Maps at
+    anchors, whose tokens depend on ω, are left out.
 
     Parameters
     ----------
@@ -630,7 +630,7 @@ class _SeenEnough(Exception):
 
 
 def _seeing(network: nn.Module, inputs: torch.Tensor) -> list[str]:
-    """Names of the maps whose input hangs on no parameter, but for those at anchors."""
+    """Names of the maps whose input depends on no parameter, but for those at anchors."""
     names = []
 
     def hook(name: str, layer: SharedLinear, given: torch.Tensor, output: torch.Tensor):

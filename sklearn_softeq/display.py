@@ -34,7 +34,7 @@ class SymmetryDisplay:
         where a layer lacks a pathway.
     prior_precision : array-like of shape (n_layers, n_pathways)
         Prior precision δ of each pathway, ``inf`` where it was removed, NaN where a layer lacks
-        it.
+        it or it is still held back.
     layer_names : sequence of str, of length n_layers
         Names of the layers, from the input to the output.
     pathway_names : sequence of str, of length n_pathways
@@ -86,8 +86,8 @@ class SymmetryDisplay:
         Parameters
         ----------
         estimator : estimator instance
-            Fitted :class:`~sklearn_softeq.SoftEquivariantClassifier`, or a fitted
-            :class:`~sklearn.pipeline.Pipeline` that ends in one.
+            Fitted classifier or regressor of this package, a :class:`~sklearn.pipeline.Pipeline`
+            that ends in one, or a search over one.
         ax : matplotlib Axes, pair of matplotlib Axes or None, default=None
             Where to plot, as in :meth:`plot`.
         name : str or None, default=None
@@ -265,8 +265,8 @@ class MarginalLikelihoodDisplay:
         Parameters
         ----------
         estimator : estimator instance
-            Fitted :class:`~sklearn_softeq.SoftEquivariantClassifier`, or a fitted
-            :class:`~sklearn.pipeline.Pipeline` that ends in one.
+            Fitted classifier or regressor of this package, a :class:`~sklearn.pipeline.Pipeline`
+            that ends in one, or a search over one.
         ax : matplotlib Axes or None, default=None
             Where to plot; None for a new figure.
         name : str or None, default=None

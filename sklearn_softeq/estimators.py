@@ -54,8 +54,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         and 7/9 for "sparse_conv" alone, as in the paper.
     image_shape : tuple, default=None
         (channels, height, width) or (height, width) of one image when X has rows of features.
-        None: images tell themselves; s² features are taken as (1, s, s), 3 s² as (3, s, s), any
-        other number f as (1, 1, f).
+        None: taken from X if it has images; of rows, s² features are (1, s, s), 3 s² (3, s, s),
+        any other number f (1, 1, f). Channels come first in rows, too.
     standardize : bool, default=True
         Subtract the mean and divide by the standard deviation of each channel over the training
         data. (A scaler per pixel would destroy the symmetry that is looked for.)
@@ -78,8 +78,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         other fifth best; with all pathways at once only if these do so by more than 0.05 times the
         entropy of the labels (0.12 nats for each row of ten classes), and still do once each
         symmetry has had as many epochs again. While the best of several symmetries explains less
-        than half of that entropy their trials go on, too. None takes more than half of
-        ``max_epochs``, and none goes on where that is less than four times ``burn_in``.
+        than half of that entropy their trials go on, too. They go on as far as half of
+        ``max_epochs`` only, so not at all where that is less than four times ``burn_in``.
         Where the symmetric pathways have learnt next to nothing, all begin anew as with "joint":
         all pathways at once from random weights, their sum divided by the root of their number
         (the paper, which takes the mean).
@@ -130,8 +130,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         and gradients, or inputs and gradients before their product. "reduce" has log determinants
         far too small for convolutions, and is there for comparison.
     max_epochs : int, default=400
-        Cap of the number of epochs. Training stops when the evidence (with ``learn_prior=False``
-        the log joint) has stopped rising.
+        Cap of the number of epochs. Training stops when the evidence (the log joint, where nothing
+        is learned by the evidence) has stopped rising.
     tol : float, default=0.01
         Rise that counts, in nats for each observation; less than one nat in all (a Bayes factor
         of e) does not count either.
@@ -143,9 +143,9 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         that is too sure of itself: with K-FAC, images of 40 classes, an NLL of .54 in place of
         .21 (docs/design/sums.md).
     batch_size : int or "auto", default="auto"
-        Rows of one step, and of one pass in prediction. "auto": 128; of less than 1000 images so
-        many that an epoch has eight batches, or of about 16 if those would be smaller, but up to
-        64 images all at once; in prediction 128. With batches of 128, digits were recognised by
+        Rows of one step, and, up to 128, of one pass in prediction. "auto": 128; of less than 1000
+        images so many that an epoch has eight batches, or of about 16 if those would be smaller,
+        but up to 64 images all at once. With batches of 128, digits were recognised by
         45 to 76 % after a fit to 120, and by 60 to 90 % with batches of 16 (all pathways together
         from the beginning).
     lr : float, default=None
@@ -159,9 +159,9 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
     optimizer : {"kfac", "adam", "sgd"}, default="kfac"
         Of the weights. "kfac" preconditions the gradient with Kronecker factors of the curvature,
         from 256 rows every other epoch, and bounds each step by the change of the predictions: on
-        1000 small images it came to a better likelihood of new images and a better evidence than
-        "adam" on every task tried, in less time (docs/design/sums.md). "sgd" has momentum 0.9
-        (the paper).
+        1000 small images it mostly came to a better likelihood of new images and a better evidence
+        than "adam", in about the same time (docs/design/sums.md). "sgd" has momentum 0.9 (the
+        paper).
     augment : {"crop_flip"} or callable, default=None
         What is done to the images of a batch before each step of the weights; the evidence is
         that of the images as they are. "crop_flip": random crops of images with a margin of an
@@ -182,11 +182,13 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         leave the weights open. ``fit`` then keeps that posterior, which may be ten times as large
         as the weights, and to predict takes a backward pass for each class. A classifier that was
         fitted with "laplace" may be set to "map" and back; one that was fitted with "map" has to
-        be fitted again. "map" is the default since fits with learned priors were not too sure of
-        themselves, which is all that an average can mend, and predict faster.
+        be fitted again. "map" is the default since it predicts faster, and since on the digits
+        tried the average changed little at the default temperature. An average can only make a
+        network less sure: where one predicts badly, and is too sure of it, compare on held-out
+        rows.
     predictive_samples : int, default=None
         Samples of the logits of each row that the average is taken over. None: a closed form, by
-        MacKay's approximation of the integral, which hangs on no chance and is faster for many
+        MacKay's approximation of the integral, which is deterministic and faster for many
         rows (a few take as long as 128 do). The samples are the same random numbers at each call
         and for each row. No meaning for "map".
     predictive_temperature : float, default=0.01
@@ -254,9 +256,10 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         of each group ("p1": shifts alone), and of all pathways ("joint") where some have no
         symmetry. Trials of groups may have gone on for longer than that of all pathways, see
         ``start``. Empty without trials.
-    start_ : {"symmetric", "joint"}
-        What training began with in the end: with the best group of the trials, or with all
-        pathways, if they led as ``start`` says, if they alone predicted better than the
+    start_ : {"p1", "p4", "p4m", "pm", "joint"}
+        What training began with in the end: the pathways of one symmetry, the best of the trials
+        ("p1": shifts alone, "p4": quarter turns, "p4m": these and reflections, "pm": left ↔ right),
+        or all pathways, if they led as ``start`` says, if they alone predicted better than the
         frequencies of the labels, or if the symmetry had then learnt next to nothing.
     scores_ : ndarray
         Log marginal likelihood at each evaluation, in nats.
@@ -479,7 +482,10 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         again; the evidence is that of the present chunk, scaled up to N. Standardisation is that
         of the first chunk. After a warm-up of five calls the learning rate stays constant; burn-in,
         evidence and ``hyper_warmup`` count calls as epochs. With ``predictive="laplace"`` each call
-        leaves a posterior, whose curvature is that of its chunk, scaled up to N.
+        leaves a posterior, whose curvature is that of its chunk, scaled up to N. Of parameters
+        that are set between calls only ``batch_size``, ``class_weight`` and those of predictions
+        count. A call that is broken off, by Ctrl-C or an error in training, leaves the estimator
+        unfitted.
 
         Parameters
         ----------
@@ -587,12 +593,12 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         ValueError
             With ``predictive="laplace"`` after a fit without it; all that predicts raises it.
         MemoryError, torch.OutOfMemoryError, RuntimeError
-            What torch raises if memory does not do for 16 rows at a time.
+            What torch raises if memory does not suffice for 16 rows at a time.
 
         Warns
         -----
         UserWarning
-            If memory did not do for as many rows at a time as were to be taken; fewer were.
+            If memory did not suffice for as many rows at a time as were to be taken; fewer were.
         """
         return self._outputs(X).softmax(1).numpy()
 

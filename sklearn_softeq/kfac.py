@@ -120,7 +120,7 @@ class KFAC(torch.optim.Optimizer):
         Of several noises the least one says by how much, see ``_set_likelihood`` of the net; what
         is wrong with it lasts until the next :meth:`observe`.
 
-        The momentum stays: it is of steps, whose length hangs on the ratio of both.
+        The momentum stays: it is of steps, whose length depends on the ratio of both.
         """
         for state in self.state.values():
             if "right" in state:

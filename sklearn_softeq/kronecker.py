@@ -370,7 +370,7 @@ def _all_eigenvectors(matrix: torch.Tensor, name: str) -> tuple[torch.Tensor, to
 def decomposed(factors: Mapping[str, Factor]) -> dict[int, torch.Tensor]:
     """Eigenvalues by the identity of their factor, for the ``known`` of :func:`spectra`.
 
-    Each factor is decomposed by itself: among others of its size the last digits hang on where in
+    Each factor is decomposed by itself: among others of its size the last digits depend on where in
     memory it comes to lie, and so on which others there are.
 
     Raises

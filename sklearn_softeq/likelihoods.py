@@ -181,10 +181,6 @@ class Categorical:
             low, high = (low, middle) if excess(middle) > 0 else (middle, high)
         return high
 
-    def link(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Class probabilities, shape (n, K)."""
-        return outputs.softmax(dim=-1)
-
     def hessian_root(self, outputs: torch.Tensor) -> torch.Tensor:
         """R with R Rᵀ = −∂² log p / ∂f² = diag(p) − p pᵀ, exactly, in K − 1 columns.
 
@@ -404,10 +400,6 @@ class Gaussian:
     def scale_of_outputs(self, *_: torch.Tensor | float) -> float:
         """1: a mean has no scale that says how sure it is; that is the noise."""
         return 1.0
-
-    def link(self, outputs: torch.Tensor) -> torch.Tensor:
-        """The mean, shape (n, K)."""
-        return outputs
 
     def hessian_root(self, outputs: torch.Tensor) -> torch.Tensor:
         """R = diag(1/σ) with R Rᵀ = −∂² log p / ∂f², shape (n, K, K): a column for each output."""

@@ -30,7 +30,7 @@ def in_fewer_rows(predict: Callable[[int], Found], n_rows: int, tile: int) -> Fo
     """What a function finds with so many rows at a time, or with fewer if there is no memory.
 
     The number is halved as often as need be, and then serves all rows alike: all are predicted
-    anew with it, so that a row hangs on no other one of the same call.
+    anew with it, so that a row depends on no other one of the same call.
 
     Parameters
     ----------

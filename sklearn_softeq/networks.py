@@ -190,6 +190,7 @@ def build_network(
     activation: str = "silu",
     anchor_fraction: float | str = "auto",
     dtype: torch.dtype = torch.float32,
+    to_train: bool = True,
     generator: torch.Generator | None = None,
 ) -> SoftEquivariantNetwork:
     """Build and start a network.
@@ -219,6 +220,8 @@ def build_network(
         them, and 7 of 9 for the filters of a sparse convolution that stands alone).
     dtype : torch.dtype
         Of the weights.
+    to_train : bool, default=True
+        Refuse a network whose training would not fit into memory.
     generator : torch.Generator, optional
         Source of the start, on the CPU; default: torch's global one.
 
@@ -229,7 +232,7 @@ def build_network(
     Raises
     ------
     ValueError
-        If the weights and their curvature would not fit into memory.
+        If it is to be trained, and weights and curvature would not fit into memory.
     """
     groups = [PATHWAYS[name].group for name in pathways]
     group = join(group for group in groups if group is not None)
@@ -248,10 +251,11 @@ def build_network(
         ACTIVATIONS[activation],
         None if anchor_fraction == "auto" else float(anchor_fraction),
     )
-    with torch.device("meta"):
-        # Shapes only: what it would take is known before anything is allocated.
-        sketch = plan.network(channels, n_outputs)
-    _check_memory(sketch, dtype.itemsize)
+    if to_train:
+        with torch.device("meta"):
+            # Shapes only: what it would take is known before anything is allocated.
+            sketch = plan.network(channels, n_outputs)
+        _check_memory(sketch, dtype.itemsize)
     network = plan.network(channels, n_outputs).to(dtype)
     for module in network.modules():
         if isinstance(module, Pathway):

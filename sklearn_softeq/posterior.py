@@ -418,7 +418,7 @@ def rows_of_a_prediction(network: nn.Module, posterior: Posterior, n_held: int) 
         kept = seen if layer.n_positions > 1 else 0  # coordinates of the inputs
         numbers += places * ((n_held + ROW_NUMBERS) * given + kept)
     if TILE * numbers > TILE_NUMBERS:
-        # Nothing between: among fewer rows than a tile the last bits of one hang on its place.
+        # Nothing between: among fewer rows than a tile the last bits of one depend on its place.
         return 1
     rows = int(PASS_NUMBERS / max(numbers, 1.0))
     return min(max(rows // TILE * TILE, TILE), MOST_ROWS)

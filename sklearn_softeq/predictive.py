@@ -132,6 +132,7 @@ def laplace_variances(
     """
     device = next(network.parameters()).device
     directions = torch.eye(n_outputs, dtype=torch.float64, device=device)
+    network = twin_of(network).eval()  # other threads may predict with the same one
 
     def variances(rows: torch.Tensor) -> torch.Tensor:
         return output_covariance(network, posterior, rows, directions, diagonal=True)[1]
@@ -191,7 +192,7 @@ def sampled(
     """Logarithm of the mean of softmax(f) over samples f ~ N(z, C), shape (n, K).
 
     The same standard normal numbers serve every row and every call, so that predictions can be
-    repeated and hang on no other row. The error falls with the root of their number.
+    repeated and depend on no other row. The error falls with the root of their number.
 
     Parameters
     ----------

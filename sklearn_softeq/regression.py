@@ -55,8 +55,8 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         other fifth best; with all pathways at once only if these do so by more than 0.1 nats for
         each output, at the noise that is best for each: if they leave less than 0.82 of the
         squares, and still do once each symmetry has had as many epochs again. While the best of
-        several symmetries explains less than half of the variance their trials go on, too. None
-        takes more than half of ``max_epochs``, and none goes on where that is less than four times
+        several symmetries explains less than half of the variance their trials go on, too. They go
+        on as far as half of ``max_epochs`` only, so not at all where that is less than four times
         ``burn_in``.
         Where the symmetric pathways have explained less than a fifth of the variance of the
         training data, all begin anew as with "joint": all pathways at once from random weights,
@@ -152,10 +152,11 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         best for it, at the end of the trial of each group ("p1": shifts alone), and of all
         pathways ("joint") where some have no symmetry. Trials of groups may have gone on for
         longer than that of all pathways, see ``start``. Empty without trials.
-    start_ : {"symmetric", "joint"}
-        What training began with in the end: with the best group of the trials, or with all
-        pathways, if they led by what ``start`` says, if they alone predicted better than the mean
-        of the targets, or if the symmetry had then learnt next to nothing.
+    start_ : {"p1", "p4", "p4m", "pm", "joint"}
+        What training began with in the end: the pathways of one symmetry, the best of the trials
+        ("p1": shifts alone, "p4": quarter turns, "p4m": these and reflections, "pm": left ↔ right),
+        or all pathways, if they led by what ``start`` says, if they alone predicted better than
+        the mean of the targets, or if the symmetry had then learnt next to nothing.
     {scores_}
     history_ : dict of ndarray
         By evaluation: "epoch", "n_observations" (N at that time), "log_likelihood", "scatter",
@@ -352,10 +353,11 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         N is the weight of all chunks so far, so a second pass over the same rows counts them
         again; the evidence is that of the present chunk, scaled up to N. Standardisation, that of
         the targets, too, is that of the first chunk, which should have several different rows.
-        After a warm-up of five calls the learning
-        rate stays constant; burn-in, evidence and ``hyper_warmup`` count calls as epochs. With
-        ``predictive="laplace"`` each call leaves a posterior, whose curvature is that of its
-        chunk, scaled up to N.
+        After a warm-up of five calls the learning rate stays constant; burn-in, evidence and
+        ``hyper_warmup`` count calls as epochs. With ``predictive="laplace"`` each call leaves a
+        posterior, whose curvature is that of its chunk, scaled up to N. Of parameters that are
+        set between calls only ``batch_size`` and those of predictions count. A call that is
+        broken off, by Ctrl-C or an error in training, leaves the estimator unfitted.
 
         Parameters
         ----------

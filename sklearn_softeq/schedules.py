@@ -67,10 +67,6 @@ class Plateau:
             self.stale += 1
         return self.stale >= self.patience
 
-    def restart(self) -> None:
-        """Forget the past: the model is no longer the one that was measured."""
-        self.best, self.stale = -math.inf, 0
-
 
 @dataclass
 class LearningRate:
@@ -197,6 +193,10 @@ class JointStart:
         """That of a further fit."""
         return JointStart()
 
+    def begun_with(self, network: SoftEquivariantNetwork) -> str:
+        """What training begins with: all pathways."""
+        return self.name
+
     def begin(self, network: SoftEquivariantNetwork) -> None:
         """Nothing is held back."""
 
@@ -267,6 +267,12 @@ class SymmetricStart:
     low: dict[str, int] = field(default_factory=dict)
     name: ClassVar[str] = "symmetric"
     scale: ClassVar[str] = "symmetric"
+
+    def begun_with(self, network: SoftEquivariantNetwork) -> str:
+        """The symmetries that training begins with; as the joint start, where there are none."""
+        block = next(iter(network.layers.values()))
+        found = symmetries(block.pathways[name].group for name in _first(block, self.group))
+        return "+".join(group.name for group in found) or JointStart.name
 
     def again(self) -> "SymmetricStart":
         """That of a further fit: what was released stays so, and nothing counts as low yet."""

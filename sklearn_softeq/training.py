@@ -148,7 +148,8 @@ class SoftEquivariantNet(NeuralNet):
         forms = [
             (
                 type(net.module_.activation),
-                {name: tensor.shape for name, tensor in net.module_.named_parameters()},
+                # In their order: precisions are a vector in that of the tensors.
+                [(name, tensor.shape) for name, tensor in net.module_.named_parameters()],
             )
             for net in (self, previous)
         ]
@@ -403,8 +404,14 @@ class SoftEquivariantNet(NeuralNet):
         return self.log_likelihoods(data), data.weights.sum().item()
 
     @torch.no_grad()
-    def temper(self, log_likelihood: float) -> None:
-        """Scale the outputs down until that of the training data is no higher than this."""
+    def temper(self, log_likelihood: float) -> bool:
+        """Scale the outputs down until that of the training data is no higher than this.
+
+        Returns
+        -------
+        bool
+            Whether it was higher.
+        """
         data, rows = self.data_, rows_of_a_pass(self.module_)
         outputs = torch.cat([self.module_(inputs).cpu() for inputs, *_ in data.in_order(rows)])
         scale = self.processes_.agreed(
@@ -413,6 +420,7 @@ class SoftEquivariantNet(NeuralNet):
             )
         )
         self.module_.scale_outputs(scale)
+        return scale < 1.0
 
     def explained(self) -> float:
         """The part of what can be explained that is: 0 for a network that ignores its inputs."""

@@ -131,7 +131,7 @@ def distinct_rows(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each different row of positive weight once, with the weight of all that are equal to it.
 
-    In an order that hangs on what the rows are and not on where they stood. So two equal rows are
+    In an order that depends on what the rows are and not on where they stood. So two equal rows are
     one of weight two, a row of weight zero is none, and a fit to the same rows in another order is
     the same, to the last bit: a long training makes of last bits whatever it likes.
 
@@ -280,7 +280,7 @@ def encode(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
 def distinct_targets(y: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes of the targets, and the different targets in rising order, (m, K).
 
-    Codes are the same in whatever unit the targets are given, and hang on no row that is not
+    Codes are the same in whatever unit the targets are given, and depend on no row that is not
     present, whose own code is 0.
     """
     # Zeros have signs, which make no difference.

@@ -32,7 +32,7 @@ def data_of(n=12, shape=(1, 4, 4), dtype=torch.float64, n_observations=None, wei
 
 
 def numbers_of(n=12, shape=(1, 4, 4), n_outputs=K, **options):
-    """The same with numbers for targets, that hang on the images."""
+    """The same with numbers for targets, that depend on the images."""
     data = data_of(n, shape, **options)
     flat = data.inputs.flatten(1)
     mix = torch.linspace(-1, 1, flat.shape[1] * n_outputs, dtype=flat.dtype).view(-1, n_outputs)

@@ -333,13 +333,13 @@ def test_more_columns_leave_time_for_fewer_rows():
 
 
 def test_larger_factors_leave_time_for_fewer_rows():
-    # The decompositions of a wide map take a time that hangs on no number of rows.
+    # The decompositions of a wide map take a time that depends on no number of rows.
     wide = chain(Conv(1, 4, (4, 4)), nn.ReLU(), FC(4, 100, (4, 4)))
     question = Question(8000)
     assert question.plan(wide).n_rows < question.plan(small()).n_rows
 
 
-# ── what it hangs on
+# ── what it depends on
 
 
 def test_a_function_of_sizes_alone():

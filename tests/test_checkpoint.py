@@ -345,7 +345,7 @@ FORGOTTEN = re.compile(
 
 
 def state_in_full(net):
-    """All that hangs on a net, but for what is forgotten on purpose."""
+    """All that depends on a net, but for what is forgotten on purpose."""
     callbacks = {name: found for name, found in net.callbacks_ if name != "break"}
     whole = {**vars(net), **callbacks}
     for name in ("callbacks", "callbacks_", "module", "criterion", "origin", "data_"):

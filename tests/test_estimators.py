@@ -959,7 +959,7 @@ def test_training_goes_on_from_the_best_symmetry(digits, optimizer, capsys):
     scores = clf.symmetry_trials_
     assert list(scores) == ["p4", "p1"]
     assert all(-np.log(20) < score < 0 for score in scores.values())
-    assert clf.net_.course.start.group.name == max(scores, key=scores.get)
+    assert clf.start_ == max(scores, key=scores.get)
     assert clf.n_iter_ == 12 == len(clf.loss_curve_)  # without those of the trials
     np.testing.assert_array_equal(clf.history_["epoch"], [WARM_UP, 10])
     again = SoftEquivariantClassifier(**SEVERAL, optimizer=optimizer, verbose=1)
@@ -975,7 +975,7 @@ def test_training_goes_on_from_the_best_symmetry(digits, optimizer, capsys):
     ("max_epochs", "burn_in", "doublings"),
     [(400, 20, 2), (160, 20, 1), (159, 20, 0), (12, 4, 0), (3, 20, 0), (1, 1, 0)],
 )
-def test_trials_take_no_longer_than_half_of_the_training(
+def test_trials_are_prolonged_up_to_half_of_the_training(
     digits, max_epochs, burn_in, doublings, monkeypatch
 ):
     class Reached(Exception):
@@ -1019,7 +1019,7 @@ def test_the_net_that_was_tried_is_the_one_that_goes_on(digits, best, monkeypatc
     assert clf.symmetry_trials_ == {name: float(name == best) for name in ("p4", "p1")}
     # A further fit knows what it began with.
     clf.set_params(warm_start=True, callbacks=None).fit(*digits)
-    assert clf.net_.course.start.group.name == best
+    assert clf.start_ == best
     assert set(clf.symmetry_trials_) == {"p4", "p1"}
 
 
@@ -1052,28 +1052,28 @@ def test_all_pathways_begin_where_they_are_far_ahead(digits, joint, monkeypatch)
     assert list(clf.symmetry_trials_) == ["p4", "p1", "joint"]
     start = clf.net_.course.start
     assert isinstance(start, JointStart if joint else SymmetricStart)
-    assert clf.start_ == ("joint" if joint else "symmetric")
+    assert clf.start_ == ("joint" if joint else "p4")
     assert not np.isposinf(clf.prior_precision_).any()  # nothing is removed in so few epochs
     clf.set_params(warm_start=True).fit(*digits)
     assert type(clf.net_.course.start) is type(start)
 
 
 @pytest.mark.parametrize(
-    ("changed", "n_rows"),
+    ("changed", "n_rows", "start"),
     [
-        ({"start": "joint"}, 150),
-        ({"pathways": ("p4_conv",)}, 150),
-        ({"pathways": ("fc", "factored_fc")}, 150),
-        ({}, HELD_OUT * FEWEST_HELD - 1),
+        ({"start": "joint"}, 150, "joint"),
+        ({"pathways": ("p4_conv",)}, 150, "p4"),
+        ({"pathways": ("fc", "factored_fc")}, 150, "joint"),
+        ({}, HELD_OUT * FEWEST_HELD - 1, "p4"),
     ],
     ids=str,
 )
-def test_no_trials_without_a_choice(digits, changed, n_rows):
+def test_no_trials_without_a_choice(digits, changed, n_rows, start, monkeypatch):
+    monkeypatch.setattr(course, "LEARNT", -np.inf)  # whatever few rows have taught goes on
     images, labels = digits
     clf = SoftEquivariantClassifier(**SEVERAL | changed).fit(images[:n_rows], labels[:n_rows])
     assert clf.symmetry_trials_ == {}
-    start = clf.net_.course.start
-    assert isinstance(start, JointStart) or start.group is None
+    assert clf.start_ == start
 
 
 def test_trials_see_a_weight_as_repetitions_and_equal_rows_as_one(digits):
@@ -1138,6 +1138,73 @@ def test_warm_start(digits):
         with pytest.raises(ValueError, match="warm_start=False"):
             clf.set_params(**{name: value}).fit(images, labels)
         clf.set_params(**{name: before})
+
+
+def test_precisions_are_taken_over_in_one_order_alone(digits):
+    clf = SoftEquivariantClassifier(**SHORT, warm_start=True).fit(*digits)
+    turned = clf.pathway_names_[::-1]
+    with pytest.raises(ValueError, match="pathways"):
+        clf.set_params(pathways=tuple(turned)).fit(*digits)
+
+
+def test_what_was_fitted_before_stays_if_a_further_fit_fails(digits):
+    clf = SoftEquivariantClassifier(**SHORT, warm_start=True).fit(*digits)
+    before = clf.predict_proba(digits[0])
+    with pytest.raises(ValueError, match="augment"):
+        clf.set_params(augment=lambda batch: batch[:, :, :1]).fit(*digits)
+    np.testing.assert_array_equal(clf.predict_proba(digits[0]), before)
+
+
+def test_what_is_held_back_is_released_whatever_start_says_later(digits):
+    clf = SoftEquivariantClassifier(**SHORT, warm_start=True)
+    clf.partial_fit(*digits, classes=[0, 1, 2])
+    assert np.isnan(clf.prior_precision_[:, 1]).all()
+    clf.set_params(start="joint").fit(*digits)
+    assert clf.start_ == "p1"
+    assert not np.isnan(clf.prior_precision_).any()
+
+
+@pytest.mark.parametrize(
+    ("pathways", "start"),
+    [(("p4_conv", "pm_conv"), "p4+pm"), (("p4_conv", "conv"), "p4"), (("fc",), "joint")],
+    ids=str,
+)
+def test_what_chunks_begin_with(digits, pathways, start):
+    options = {**SHORT, "width": 1, "pathways": pathways}
+    clf = SoftEquivariantClassifier(**options).partial_fit(*digits, classes=[0, 1, 2])
+    assert clf.start_ == start
+    clf.set_params(pathways=("conv",)).partial_fit(*digits)  # which is for another fit
+    assert clf.start_ == start
+
+
+def test_the_best_state_is_no_surer_than_the_last_may_be(digits):
+    """Where it fits all images its curvature is gone, and its evidence the best there is."""
+    images, labels = digits
+    rows = labels < 2
+    options = {"prior_precision": 1e-3, "hyper_warmup": 20, "max_epochs": 80, "start": "joint"}
+    clf = SoftEquivariantClassifier(**options, burn_in=5, width=4, keep_best=True, random_state=0)
+    clf.fit(images[rows], labels[rows])
+    assert clf.history_["log_likelihood"].max() > -1e-3 * course.LEAST_LOSS * sum(rows)
+    loss = log_loss(labels[rows], clf.predict_proba(images[rows]))
+    assert loss > 0.99 * course.LEAST_LOSS
+
+
+def test_numbers_of_numpy_are_numbers(digits):
+    numbers = {"max_epochs": 8, "burn_in": 2, "batch_size": 16, "evidence_every": 2, "width": 2}
+    plain = SoftEquivariantClassifier(**numbers, random_state=0).fit(*digits)
+    theirs = {name: np.int64(value) for name, value in numbers.items()}
+    clf = SoftEquivariantClassifier(**theirs, random_state=0).fit(*digits)
+    np.testing.assert_array_equal(clf.predict_proba(digits[0]), plain.predict_proba(digits[0]))
+
+
+def test_a_single_row_is_not_predicted_as_many(fitted, digits):
+    expected, rows = fitted.predict_proba(digits[0][:1]), []
+    again = copy.deepcopy(fitted).set_params(batch_size=10_000)
+    handle = again.module_.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    found = again.predict_proba(digits[0][:1])
+    handle.remove()
+    assert max(rows) <= 128
+    np.testing.assert_array_equal(found, expected)
 
 
 def log_det_weight(clf, epoch):
@@ -1447,6 +1514,15 @@ def test_images_of_another_shape(fitted):
         fitted.predict(np.zeros((2, 2, 8)))
 
 
+def test_a_saved_model_predicts_where_it_could_not_be_trained(fitted, digits, monkeypatch):
+    saved = pickle.dumps(fitted)
+    monkeypatch.setattr(networks, "_memory", lambda: 10)
+    again = pickle.loads(saved)
+    np.testing.assert_array_equal(again.predict_proba(digits[0]), fitted.predict_proba(digits[0]))
+    with pytest.raises(ValueError, match="training it"):
+        again.fit(*digits)
+
+
 def test_dense_layers_that_do_not_fit_are_refused_before_they_are_made(digits, monkeypatch):
     monkeypatch.setattr(networks, "_memory", lambda: 10_000)
     with pytest.raises(ValueError, match=r"weights.*bytes.*'factored_fc' in place of 'fc'"):
@@ -1565,7 +1641,7 @@ def left_or_right(n, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_two_classes_that_a_convolution_cannot_tell(seed):
-    """What a lead is hangs on the number of classes: of two, chance is at −.69 nats."""
+    """What a lead is depends on the number of classes: of two, chance is at −.69 nats."""
     clf = SoftEquivariantClassifier(width=4, max_epochs=100, random_state=seed)
     clf.fit(*left_or_right(100, seed))
     assert clf.start_ == "joint"

@@ -11,6 +11,7 @@ from objectives import LinearModel, ascend, laplace
 from references import output_hessian
 from torch import nn
 
+from sklearn_softeq import assembly
 from sklearn_softeq.anchors import LOG_OMEGA_BOUNDS
 from sklearn_softeq.hyperparameters import LayerwisePrior
 from sklearn_softeq.layers import FC, PathwaySum, SparseConv, SparseFC, SparseU, SparseV
@@ -391,3 +392,14 @@ def test_what_has_no_gradient_stays():
     assert moved["a"] != 0.1
     assert moved["b"] == 0.2
     assert list(solver.step({**at, **moved}, {"b": 1.0})) == ["b"]  # a has been switched off
+
+
+@pytest.mark.parametrize(("pathways", "dearer"), [("conv", False), ("sparse_fc", True)])
+def test_lengthscales_leave_time_for_fewer_rows_only_where_there_are_any(pathways, dearer):
+    network = build_network((1, 16, 16), 10, pathways=(pathways,))
+    options = {"n_columns": 9, "curvature": "auto", "samples": 1, "subset": None, "kfac": "expand"}
+    with_them, without = (
+        assembly._plan(network, 20_000, lengthscales, every=5, **options).n_rows
+        for lengthscales in (True, False)
+    )
+    assert (with_them < without) == dearer

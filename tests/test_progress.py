@@ -137,6 +137,20 @@ def test_scores_of_each_epoch(digits):
     assert last == pytest.approx(-log_loss(y, clf.predict_proba(X)))
 
 
+def test_scores_before_there_is_a_posterior_are_without(digits):
+    monitor = ScoringMonitor(scoring="neg_log_loss")
+    clf = SoftEquivariantClassifier(**SHORT, predictive="laplace").set_callbacks(monitor)
+    for _ in range(2):  # of the second fit, too, which has that of the first at hand
+        clf.fit(*digits)
+    log = monitor.get_logs().data_as_pandas
+    scores = log[log["task_name"] == "epoch"]["neg_log_loss"]
+    plain = ScoringMonitor(scoring="neg_log_loss")
+    SoftEquivariantClassifier(**SHORT).set_callbacks(plain).fit(*digits)
+    log = plain.get_logs().data_as_pandas
+    expected = log[log["task_name"] == "epoch"]["neg_log_loss"]
+    np.testing.assert_allclose(scores.to_numpy()[-len(expected) :], expected.to_numpy())
+
+
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_bars_of_a_search_over_a_pipeline(n_jobs, digits, capfd):
     model = make_pipeline(StandardScaler(with_std=False), SoftEquivariantClassifier(**SHORT))

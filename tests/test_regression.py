@@ -3,6 +3,7 @@
 import math
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -548,7 +549,7 @@ def trial_scores(monkeypatch, p1, joint):
     )
 
 
-@pytest.mark.parametrize(("lead", "start"), [(0.19, "symmetric"), (0.21, "joint")])
+@pytest.mark.parametrize(("lead", "start"), [(0.19, "p1"), (0.21, "joint")])
 def test_all_pathways_have_to_lead_by_a_tenth_of_a_nat_for_each_output(
     lead, start, data, monkeypatch
 ):
@@ -600,7 +601,7 @@ def test_where_a_blob_is_breaks_the_symmetry_and_how_bright_it_is_does_not():
     rng = np.random.default_rng(0)
     bright, more = rng.uniform(0.5, 2.0, 300), rng.uniform(0.5, 2.0, 200)
     how = SoftEquivariantRegressor(**settings).fit(X * bright[:, None, None], bright)
-    assert how.start_ == "symmetric"
+    assert how.start_ == "p1"
     assert how.score(blobs(200, seed=1)[0] * more[:, None, None], more) > 0.95
     assert how.equivariance_error(X).logits < 0.05
 
@@ -618,6 +619,19 @@ def test_deviations_are_those_of_new_observations():
     assert np.mean(((truth - mean) / reg.noise_std_) ** 2) > np.mean(
         ((truth - mean) / deviation) ** 2
     )
+
+
+def test_predictions_in_threads(data):
+    reg = SoftEquivariantRegressor(**FAST, predictive="laplace").fit(*data)
+
+    def deviations(_):
+        return reg.predict(data[0], return_std=True)[1]
+
+    alone = deviations(0)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(deviations, range(8)):
+            np.testing.assert_array_equal(found, alone)
+    assert all(parameter.requires_grad for parameter in reg.module_.parameters())
 
 
 def test_a_file_has_plain_values_alone(data):

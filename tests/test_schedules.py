@@ -72,14 +72,6 @@ def test_slow_rises_add_up():
     assert not any(plateau.reached(0.1 * i) for i in range(100))
 
 
-def test_restarted_plateau_takes_lower_values():
-    plateau = Plateau(tol=0.0, patience=2)
-    plateau.reached(5.0)
-    plateau.reached(4.0)
-    plateau.restart()
-    assert [plateau.reached(v) for v in (1.0, 0.5, 2.0, 1.5, 1.5)] == [False] * 4 + [True]
-
-
 # ── learning rate
 
 

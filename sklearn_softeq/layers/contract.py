@@ -131,7 +131,7 @@ def in_blocks(tokens: torch.Tensor) -> torch.Tensor:
 def in_one_order(rows: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both with zeros up to a whole number of vectors (..., d), if they have more than one.
 
-    For predictions: sums over rows of other lengths are taken in an order that hangs on the place
+    For predictions: sums over rows of other lengths are taken in an order that depends on the place
     of a row in its batch, and so do the last digits.
     """
     missing = -weight.shape[-1] % VECTOR if weight.shape[-1] > VECTOR else 0

@@ -203,7 +203,7 @@ def keep_largest_grid(inputs: torch.Tensor, stride: Grid) -> torch.Tensor:
     stride : pair of int
         Sides of the cell of grids, 1 or 2 each. Ties, but for rounding, go to the first grid in
         row-major order: in a strict network an image with a symmetry of its own has equal grids,
-        and which of them is kept must not hang on a last bit.
+        and which of them is kept must not depend on a last bit.
     """
     n, _, height, width = inputs.shape
     rows, columns = stride
