@@ -100,7 +100,7 @@ def test_a_fixed_prior_may_have_its_logits_scaled(benchmark):
     }
     cells = {("a", "b"): fits, ("a", "c"): fits_of(tables)}
     row = dict(zip(tables.HEADS["fixed"], *tables.fixed_priors(cells), strict=True))
-    assert row["pairs"] == "2, 3"
+    assert row["pairs with MAP, chosen"] == "2, 3"
     assert row["NLL − MAP's"] == "-0.150 ± 0.050"
     assert row["NLL − chosen's"] == "+3.067 ± 2.917"
     assert row["seconds / chosen's"] == "1.25"
