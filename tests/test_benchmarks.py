@@ -99,11 +99,14 @@ def test_a_fixed_prior_may_have_its_logits_scaled(benchmark):
         2: fit(0.1, scaled_nll=0.2, seconds=40.0),
     }
     cells = {("a", "b"): fits, ("a", "c"): fits_of(tables)}
-    row = dict(zip(tables.HEADS["fixed"], *tables.fixed_priors(cells), strict=True))
-    assert row["pairs with MAP, chosen"] == "2, 3"
-    assert row["NLL − MAP's"] == "-0.150 ± 0.050"
-    assert row["NLL − chosen's"] == "+3.067 ± 2.917"
-    assert row["seconds / chosen's"] == "1.25"
+    (row,) = tables.fixed_priors(cells)
+    assert len(row) == len(tables.HEADS["fixed"])
+    assert row[2:] == (
+        "2, 3",
+        *("-0.250 ± 0.050", "-0.150 ± 0.050"),
+        *("+3.067 ± 2.917", "+2.933 ± 2.934"),
+        "1.25",
+    )
 
 
 def open_fit(error, precisions):
