@@ -435,8 +435,8 @@ def test_each_pathway_alone(digits, pathway):
     assert clf.layer_names_ == ["blocks.0", "blocks.1"]
     assert clf.pathway_names_ == [pathway]
     np.testing.assert_array_equal(clf.symmetry_, 1)
-    # The best state from epoch 30 on, when the log determinants have come to count fully; or what is
-    # better than the last one, if it was too sure, and its logits were scaled down.
+    # The best state from epoch 30 on, when the log determinants have come to count fully; or what
+    # is better than the last one, if it was too sure, and its logits were scaled down.
     best = 2 + clf.scores_[2:].argmax()
     too_sure = clf.history_["log_likelihood"][best] > -course.LEAST_LOSS * len(digits[0])
     assert clf.log_marginal_likelihood_value_ > clf.scores_[-1 if too_sure else best] - 1
