@@ -256,11 +256,12 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         of each group ("p1": shifts alone), and of all pathways ("joint") where some have no
         symmetry. Trials of groups may have gone on for longer than that of all pathways, see
         ``start``. Empty without trials.
-    start_ : {"p1", "p4", "p4m", "pm", "joint"}
+    start_ : str
         What training began with in the end: the pathways of one symmetry, the best of the trials
         ("p1": shifts alone, "p4": quarter turns, "p4m": these and reflections, "pm": left ↔ right),
-        or all pathways, if they led as ``start`` says, if they alone predicted better than the
-        frequencies of the labels, or if the symmetry had then learnt next to nothing.
+        or all pathways, "joint", if they led as ``start`` says, if they alone predicted better than
+        the frequencies of the labels, or if the symmetry had then learnt next to nothing. Without
+        trials the largest begin, joined by "+" if there are several.
     scores_ : ndarray
         Log marginal likelihood at each evaluation, in nats.
     history_ : dict of ndarray

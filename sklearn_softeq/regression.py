@@ -152,11 +152,12 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         best for it, at the end of the trial of each group ("p1": shifts alone), and of all
         pathways ("joint") where some have no symmetry. Trials of groups may have gone on for
         longer than that of all pathways, see ``start``. Empty without trials.
-    start_ : {"p1", "p4", "p4m", "pm", "joint"}
+    start_ : str
         What training began with in the end: the pathways of one symmetry, the best of the trials
         ("p1": shifts alone, "p4": quarter turns, "p4m": these and reflections, "pm": left ↔ right),
-        or all pathways, if they led by what ``start`` says, if they alone predicted better than
-        the mean of the targets, or if the symmetry had then learnt next to nothing.
+        or all pathways, "joint", if they led by what ``start`` says, if they alone predicted better
+        than the mean of the targets, or if the symmetry had then learnt next to nothing. Without
+        trials the largest begin, joined by "+" if there are several.
     {scores_}
     history_ : dict of ndarray
         By evaluation: "epoch", "n_observations" (N at that time), "log_likelihood", "scatter",

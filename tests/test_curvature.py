@@ -85,6 +85,7 @@ def test_biases_are_exact_blocks_of_the_ggn(case):
     network, batch = setting(case)
     found = exact_factors(network, case.likelihood, batch)
     biases = [name for name in found if name.endswith("bias")]
+    assert biases
     matrix, places = ggn(network, case.likelihood, batch[0], batch[2], biases)
     for name in biases:
         close(found[name].to_dense(), matrix[places[name], places[name]])

@@ -440,6 +440,8 @@ def test_each_pathway_alone(digits, pathway):
     best = 2 + clf.scores_[2:].argmax()
     too_sure = clf.history_["log_likelihood"][best] > -course.LEAST_LOSS * len(digits[0])
     assert clf.log_marginal_likelihood_value_ > clf.scores_[-1 if too_sure else best] - 1
+    loss = log_loss(digits[1], clf.predict_proba(digits[0]))
+    assert loss > 0.99 * course.LEAST_LOSS
 
 
 @pytest.mark.parametrize("start", ["symmetric", "joint"])

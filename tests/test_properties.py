@@ -254,4 +254,4 @@ def test_a_few_fits(cases):
 @pytest.mark.slow
 @each_estimator
 def test_many_fits(cases):
-    settings(max_examples=300, **COMMON)(given(cases)(holds))()
+    settings(max_examples=500, **COMMON)(given(cases)(holds))()
