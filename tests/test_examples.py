@@ -61,7 +61,7 @@ def test_a_symmetry_is_told_from_none_within_a_minute(tmp_path):
     after = os.times()
     answers = re.findall(r"^label: (.+): a quarter turn is (.+)$", printed, re.MULTILINE)
     assert answers == [("digit", "a symmetry"), ("digit and orientation", "no symmetry")]
-    assert re.findall(r"^    start: (.+)$", printed, re.MULTILINE) == ["symmetric", "joint"]
+    assert re.findall(r"^    start: (.+)$", printed, re.MULTILINE) == ["p4", "joint"]
     symmetric, broken = (
         float(change) for change in re.findall(r"change of the logits .+ (\S+)$", printed, re.M)
     )
