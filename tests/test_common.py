@@ -26,11 +26,11 @@ def names(lines):
 
 
 #: 63 checks fit more than a hundred times; those of the defaults have their budget and width.
-SHORT = {"max_epochs": 30, "evidence_every": 10, "width": 4}
+SHORT = {"max_epochs": 20, "evidence_every": 10, "width": 4}
 
 
 def test_check_estimator():
-    quick = {**SHORT, "max_epochs": 20, "batch_size": 64}
+    quick = {**SHORT, "batch_size": 64}
     assert statuses(SoftEquivariantClassifier(**quick)) == set()
 
 
