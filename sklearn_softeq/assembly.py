@@ -188,7 +188,8 @@ class Assembly:
     def _callbacks(self, course: Course) -> list:
         """Ours, then copies of the user's, which find our entries in the history."""
         output = [("progress", ProgressLine(self.clf._target_unit))] if self.clf.verbose else []
-        users = copy.deepcopy(list(self.clf.callbacks or ()))
+        copies: dict[int, Any] = {}  # what several of them share they share again
+        users = [_copied(entry, copies) for entry in self.clf.callbacks or ()]
         ours = [("evidence", course.evidence), *self._preconditioner(), *output]
         told = [] if self.tasks is None else [("tasks", self.tasks)]
         return [*ours, ("course", course), *told, *users]
@@ -276,6 +277,16 @@ def _plan(network: nn.Module, n_rows: int, lengthscales: bool, **options: Any) -
     """As :func:`plan_curvature` says; lengthscales cost something where there are any."""
     there = any(isinstance(module, Interpolation) for module in network.modules())
     return plan_curvature(network, n_rows, lengthscales=lengthscales and there, **options)
+
+
+def _copied(entry: Any, copies: dict[int, Any]) -> Any:
+    """A callback, its class, or a pair with its name, so that a fit changes none of the user's."""
+    if isinstance(entry, tuple):
+        return entry[0], _copied(entry[1], copies)
+    try:
+        return copy.deepcopy(entry, copies)
+    except TypeError:  # of writers, with their locks, there are no copies
+        return copy.copy(entry)
 
 
 def _augmentation(augment):

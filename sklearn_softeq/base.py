@@ -569,5 +569,7 @@ def _flat(values: torch.Tensor) -> bool:
 def _evaluations(net: SoftEquivariantNet) -> dict[str, np.ndarray]:
     rows = [row for row in net.history if "log_marginal_likelihood" in row]
     terms = ("log_likelihood", "scatter", "log_det_ratio", "log_marginal_likelihood")
-    columns = ("epoch", "n_observations", *terms, "curvature", "curvature_rows")
-    return {column: np.array([row[column] for row in rows]) for column in columns}
+    columns = ("epoch", "n_observations", *terms, "event_curvature", "curvature_rows")
+    return {
+        column.removeprefix("event_"): np.array([row[column] for row in rows]) for column in columns
+    }

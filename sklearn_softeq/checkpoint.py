@@ -247,7 +247,8 @@ def _plain_columns(history: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The same without what a user's callbacks have noted that is neither number nor string."""
     plain = (bool, int, float, str, np.generic)
     return columns(
-        {k: v for k, v in row.items() if isinstance(v, plain) or k == "noise"} for row in history
+        {k: v for k, v in row.items() if isinstance(v, plain) or k == "event_noise"}
+        for row in history
     )
 
 

@@ -318,7 +318,8 @@ class EvidenceStep(Callback):
             return
         with self._mean.loaded(net.enabled_tensors()) as scales:
             self._record(net)
-            if not net.course.rate.cooling:  # weights that are averaged share one gauge and one Ψ
+            # Weights that are averaged share one gauge and one Ψ; precisions that are given stay.
+            if self.learns_prior and not net.course.rate.cooling:
                 scales.update(fix_gauge(net.module_, net.prior_))
             self.state = state_of(net)
         if isinstance(net.optimizer_, KFAC):
@@ -335,8 +336,9 @@ class EvidenceStep(Callback):
         net.history.record("log_marginal_likelihood", evidence.value)
         net.history.record("n_observations", net.data_.n_observations)
         if deviations := net.criterion_.deviations:
-            net.history.record("noise", list(deviations))
-        net.history.record("curvature", self.chosen.estimator.columns)
+            net.history.record("event_noise", list(deviations))
+        # No number: loggers of skorch leave out what is named so.
+        net.history.record("event_curvature", self.chosen.estimator.columns)
         net.history.record("curvature_rows", min(self.chosen.n_rows, len(net.data_)))
         log_precision = net.log_hyperparameters()
         net.effective_dimensions_ = net.processes_.agreed(

@@ -7,8 +7,8 @@ A display stores arrays, draws them in ``plot`` and takes them from a fitted est
 import math
 
 import numpy as np
-from sklearn.pipeline import Pipeline
-from sklearn.utils.validation import check_is_fitted
+
+from .model_selection import fitted_within
 
 __all__ = ["MarginalLikelihoodDisplay", "SymmetryDisplay"]
 
@@ -103,7 +103,7 @@ class SymmetryDisplay:
         sklearn.exceptions.NotFittedError
             If the estimator is not fitted.
         """
-        estimator = _fitted(estimator)
+        estimator = fitted_within(estimator, cls.__name__)
         display = cls(
             symmetry=estimator.symmetry_,
             prior_precision=estimator.prior_precision_,
@@ -284,7 +284,7 @@ class MarginalLikelihoodDisplay:
         ValueError
             If it evaluated no evidence while it trained.
         """
-        estimator = _fitted(estimator)
+        estimator = fitted_within(estimator, cls.__name__)
         history = estimator.history_
         if not len(history["epoch"]):
             raise ValueError(
@@ -347,14 +347,6 @@ class MarginalLikelihoodDisplay:
             "scatter: −½ Σ δ‖w‖²": scatter,
             "capacity: −½ Σ log(1 + λμ/δ)": capacity,
         }
-
-
-def _fitted(estimator):
-    """The classifier in a search or at the end of a pipeline, once it is known to be fitted."""
-    estimator = getattr(estimator, "best_estimator_", estimator)
-    last = estimator[-1] if isinstance(estimator, Pipeline) else estimator
-    check_is_fitted(last)
-    return last
 
 
 def _pyplot():

@@ -84,7 +84,7 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         all pathways at once from random weights, their sum divided by the root of their number
         (the paper, which takes the mean).
     prior_precision : float, default=1.0
-        Start of every precision, in units of 1 / weight².
+        Start of every precision, in units of 1 / weight²; taken to lie between e⁻¹⁰ and e¹⁸.
     burn_in : int, default=20
         Epochs of one symmetry alone, and half of those of each trial, before the first evidence;
         at most half of ``max_epochs``. The paper has 10. After trials the first evidence comes
@@ -204,15 +204,18 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         "auto" takes a CUDA device if there is one; else "cpu", "cuda" or "cuda:N". Where no
         CUDA device is to be had, a warning says so and the CPU serves.
     dtype : {"auto", "float32", "float64"}, default="auto"
-        Of the computation. "auto": float64 for float64 input on the CPU, else float32.
+        Of the computation. "auto": float64 for float64 input on the CPU, and for lists of rows;
+        float32 for integers and all else.
     random_state : int, RandomState instance or None, default=None
-        Of initial weights, batches and curvature. The global generators stay as they were.
+        Of initial weights, batches and curvature. None draws from NumPy's global generator, as
+        in scikit-learn; no other global generator is moved.
     warm_start : bool, default=False
         Begin a further ``fit`` from the weights and precisions of the last one.
     callbacks : list of skorch callbacks, default=None
-        They are copied. There is no validation set: what can be monitored in the history is
-        "train_loss" and, at each evaluation, "log_marginal_likelihood" and its terms. A
-        scheduler of the learning rate needs ``lr_schedule="constant"``.
+        They are copied, but what cannot be, as a writer of logs, is shared. There is no validation
+        set: what can be monitored is "train_loss"; at an evaluation the history has
+        "log_marginal_likelihood" and its terms, too. A scheduler of the learning rate needs
+        ``lr_schedule="constant"``.
     checkpoint_dir : str or path-like, default=None
         Folder in which ``fit`` keeps its state while it trains. After a crash the same call goes on
         from the last state that is complete, and ends as it would have ended; when it is over, the
@@ -235,10 +238,11 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         Names of the columns, when X had string names.
     image_shape_ : tuple (C, H, W)
         Shape of one image.
-    channel_mean_, channel_scale_ : ndarray of shape (C,)
-        What ``standardize`` subtracts and divides by: mean and standard deviation, 1 where a
-        channel is constant, or the size of its mean in a first chunk of ``partial_fit``. 0 and 1
-        without it.
+    channel_mean_ : ndarray of shape (C,)
+        What ``standardize`` subtracts: the mean; 0 without it.
+    channel_scale_ : ndarray of shape (C,)
+        What it divides by: the standard deviation; 1 where a channel is constant, or the size of
+        its mean in a first chunk of ``partial_fit``; 1 without it.
     net_ : SoftEquivariantNet
         The fitted skorch net.
     module_ : SoftEquivariantNetwork
@@ -518,6 +522,7 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         """
         known = self.classes_ if self.__sklearn_is_fitted__() else None
         classes = check_classes(classes, known)
+        self._validate_params()  # they may have been set since the last call
         check_incremental_class_weight(self.class_weight)
         return self._partial_fit(X, y, sample_weight, classes)
 

@@ -207,8 +207,9 @@ class Categorical:
         """
         p, places, diagonal, slopes = (t[:, :, None] for t in _cholesky(outputs))
         signs = _signs(outputs, n_sketches, generator)
-        passed = slopes * signs
-        passed = passed.cumsum(1) - passed
+        # Sums of those before, not sums less the last: near-certain rows have slopes far apart.
+        before = nn.functional.pad((slopes * signs)[:, :-1], (0, 0, 1, 0))
+        passed = before.cumsum(1)
         # Eq. sketch R r, without forming R
         return _in_place(diagonal * signs - p * passed, places[:, :, 0]) / math.sqrt(n_sketches)
 
@@ -275,13 +276,16 @@ class Gaussian:
 
     def log_prob(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """log p(y | f) of each row, summed over outputs, in nats."""
-        return self.log_probs(outputs, targets).sum(-1)  # (n,)
+        return self.log_probs(outputs, targets).sum(-1).to(outputs.dtype)  # (n,)
 
     def log_probs(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """log p(y | f) of each number, (n, K), in nats; units are dealt out evenly."""
-        squares = (outputs - targets).square() / self._figure(float, outputs)  # (n, K)
-        n_outputs = outputs.shape[-1]
-        normaliser = self._figure(lambda variance: self._normaliser(variance, n_outputs), outputs)
+        """log p(y | f) of each number, (n, K), in nats; units are dealt out evenly.
+
+        In double precision: small squares beside a large normaliser are asked for again.
+        """
+        apart, n_outputs = (outputs - targets).double(), outputs.shape[-1]
+        squares = apart.square() / self._figure(float, apart)  # (n, K)
+        normaliser = self._figure(lambda variance: self._normaliser(variance, n_outputs), apart)
         return -0.5 * (squares + normaliser)
 
     def _normaliser(self, variance: float, n_outputs: int) -> float:

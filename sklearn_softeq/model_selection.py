@@ -9,7 +9,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .base import SoftEquivariantBase
 
-__all__ = ["marginal_likelihood_score"]
+__all__ = ["fitted_within", "marginal_likelihood_score"]
 
 
 def marginal_likelihood_score(estimator: Any, X: Any = None, y: Any = None) -> float:
@@ -58,16 +58,36 @@ def marginal_likelihood_score(estimator: Any, X: Any = None, y: Any = None) -> f
     >>> search.fit(X, y).best_params_  # doctest: +SKIP
     {'pathways': ('conv', 'factored_fc')}
     """
+    inner = fitted_within(estimator, "marginal_likelihood_score")
+    return inner.log_marginal_likelihood_value_ / inner.n_observations_
+
+
+def fitted_within(estimator: Any, asks: str) -> SoftEquivariantBase:
+    """The estimator of this package that one of scikit-learn's has within.
+
+    Parameters
+    ----------
+    estimator : estimator
+        One of this package, a Pipeline, a search or a TransformedTargetRegressor.
+    asks : str
+        What it is for, in errors.
+
+    Raises
+    ------
+    NotFittedError
+        If it is not fitted, or a search has kept no best estimator.
+    TypeError
+        If there is none.
+    """
     inner = _within(estimator)
     if not isinstance(inner, SoftEquivariantBase):
-        found = type(inner).__name__
         raise TypeError(
-            "marginal_likelihood_score takes a SoftEquivariantClassifier or a "
-            "SoftEquivariantRegressor, or a Pipeline, a search or a TransformedTargetRegressor "
-            f"with one within, but not a {found}, which has no evidence."
+            f"{asks} takes a SoftEquivariantClassifier or a SoftEquivariantRegressor, or a "
+            "Pipeline, a search or a TransformedTargetRegressor with one within, but not a "
+            f"{type(inner).__name__}, which has no evidence."
         )
     check_is_fitted(inner)
-    return inner.log_marginal_likelihood_value_ / inner.n_observations_
+    return inner
 
 
 def _within(estimator: Any) -> Any:

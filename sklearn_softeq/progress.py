@@ -11,12 +11,15 @@ import numpy as np
 from skorch.callbacks import (
     BatchScoring,
     Callback,
+    Checkpoint,
+    EarlyStopping,
     EpochScoring,
+    LoadInitState,
     LRScheduler,
     PassthroughScoring,
 )
 
-from .training import SoftEquivariantNet
+from .training import OWN_CALLBACKS, SoftEquivariantNet
 
 try:
     from sklearn.callback import CallbackSupportMixin
@@ -30,6 +33,9 @@ __all__ = ["CallbackSupportMixin", "FitTasks", "ProgressLine", "check_callbacks"
 
 #: Noises that a line of output lists one by one.
 MOST_NOISES = 4
+
+#: What the history has at evaluations only.
+AT_EVALUATIONS = ("log_marginal_likelihood", "log_likelihood", "scatter", "log_det_ratio")
 
 
 class FitTasks(Callback):
@@ -162,10 +168,15 @@ def check_callbacks(callbacks: Iterable[Any] | None, schedule: str) -> None:
     TypeError
         If one is no skorch callback.
     ValueError
-        If one needs validation data or batches of skorch's own, or would set the rate beside us.
+        If one has the name of one of ours, needs validation data or batches of skorch's own,
+        monitors what not each epoch has, or would set rate or weights beside us.
     """
     for entry in callbacks or ():
-        callback = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+        callback = entry
+        if isinstance(entry, tuple) and len(entry) == 2:
+            name, callback = entry
+            if name in OWN_CALLBACKS:
+                raise ValueError(f"callbacks= has one named {name!r}, as one of training is named.")
         if isinstance(callback, type) and issubclass(callback, Callback):
             callback = callback()  # as skorch does
         if not isinstance(callback, Callback):
@@ -173,20 +184,49 @@ def check_callbacks(callbacks: Iterable[Any] | None, schedule: str) -> None:
                 f"callbacks= takes skorch callbacks, got {callback!r}. Those of scikit-learn are "
                 "set with set_callbacks."
             )
-        name = type(callback).__name__
-        if isinstance(callback, EpochScoring | BatchScoring | PassthroughScoring):
-            raise ValueError(
-                f"{name} needs a validation set or batches of skorch's own. Scores of each epoch "
-                "come from scikit-learn's ScoringMonitor, which is set with set_callbacks."
-            )
-        monitor = vars(callback).get("monitor")
-        if isinstance(monitor, str) and monitor.startswith("valid_"):
-            raise ValueError(
-                f"{name} monitors {monitor!r}, but there is no validation set. An EarlyStopping "
-                "can monitor 'train_loss', a Checkpoint None or a function of the net."
-            )
-        if isinstance(callback, LRScheduler) and schedule != "constant":
-            raise ValueError(
-                f"{name} and lr_schedule={schedule!r} would both set the rate. Set "
-                "lr_schedule='constant'."
-            )
+        if (reason := _refused(callback, schedule)) is not None:
+            raise ValueError(f"{type(callback).__name__} {reason}")
+
+
+def _refused(callback: Callback, schedule: str) -> str | None:
+    """Why a callback has no place in a fit, if it has none."""
+    if isinstance(callback, EpochScoring | BatchScoring | PassthroughScoring):
+        return (
+            "needs a validation set or batches of skorch's own. Scores of each epoch come from "
+            "scikit-learn's ScoringMonitor, which is set with set_callbacks."
+        )
+    if isinstance(callback, LRScheduler) and schedule != "constant":
+        return f"and lr_schedule={schedule!r} would both set the rate. Set lr_schedule='constant'."
+    if isinstance(callback, LoadInitState):
+        return (
+            "restores weights without their precisions and all else that training goes on from. "
+            "Set checkpoint_dir, or warm_start=True."
+        )
+    if vars(callback).get("load_best"):
+        return (
+            "would load other weights than those that the evidence is of, with load_best=True. "
+            "Set keep_best=True of the estimator."
+        )
+    return _monitors_in_vain(callback)
+
+
+def _monitors_in_vain(callback: Callback) -> str | None:
+    """What it monitors and the history has not, or not in each epoch."""
+    monitor = vars(callback).get("monitor")
+    if not isinstance(monitor, str) or not isinstance(callback, EarlyStopping | Checkpoint):
+        return None
+    if monitor.startswith("valid_"):
+        reason = "but there is no validation set"
+    elif monitor == "train_loss_best":
+        reason = "which only skorch's own scoring notes"
+    elif monitor in AT_EVALUATIONS:
+        reason = (
+            "which only some epochs have. Training ends by itself when the evidence has settled "
+            "(tol, n_iter_no_change)"
+        )
+    else:
+        return None
+    return (
+        f"monitors {monitor!r}, {reason}. An EarlyStopping can monitor 'train_loss', a Checkpoint "
+        "None or a function of the net."
+    )

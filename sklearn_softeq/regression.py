@@ -135,10 +135,13 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
     {feature_names_in_}
     {image_shape_}
     {channel_mean_}
-    target_mean_, target_scale_ : ndarray of shape (K,)
-        What targets are centred by and divided by, within: mean and standard deviation, 1 where an
-        output is constant, or the size of its mean in a first chunk of ``partial_fit``. With a
-        fixed ``noise`` the scale is one for all.
+    {channel_scale_}
+    target_mean_ : ndarray of shape (K,)
+        What targets are centred by, within: their mean.
+    target_scale_ : ndarray of shape (K,)
+        What they are divided by, within: the standard deviation; 1 where an output is constant, or
+        the size of its mean in a first chunk of ``partial_fit``. With a fixed ``noise`` one for
+        all.
     noise_std_ : ndarray of shape (K,)
         Standard deviation of the noise of each output, in units of its targets.
     {net_}
@@ -383,6 +386,7 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         UserWarning
             If a target or a channel of the images does not vary in the first chunk.
         """
+        self._validate_params()  # they may have been set since the last call
         return self._partial_fit(X, y, sample_weight)
 
     @property
@@ -423,7 +427,8 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
 
     def _record(self, net, data, outcome):
         super()._record(net, data, outcome)
-        noises = [row["noise"] * self.target_scale_ for row in net.history if "noise" in row]
+        found = [row["event_noise"] for row in net.history if "event_noise" in row]
+        noises = [noise * self.target_scale_ for noise in found]
         self.history_["noise"] = np.reshape(noises, (-1, self._n_outputs))
         self.noise_std_ = np.array(net.criterion_.deviations) * self.target_scale_
 
@@ -456,6 +461,7 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
             For deviations with ``predictive="laplace"`` after a fit without it.
         """
         check_is_fitted(self)
+        self._validate_params()  # they may have been set since the fit
         mean = self._map_outputs(X).numpy() * self.target_scale_ + self.target_mean_
         if not return_std:
             return self._in_form(mean)

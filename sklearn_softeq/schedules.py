@@ -14,7 +14,7 @@ import torch
 
 from .groups import P1, PointGroup
 from .hyperparameters import LOG_PRECISION_BOUNDS, LayerwisePrior
-from .layers import Pathway, PathwaySum
+from .layers import FactoredFC, Pathway, PathwaySum
 from .networks import SoftEquivariantNetwork
 
 __all__ = [
@@ -414,7 +414,7 @@ def fix_gauge(network: SoftEquivariantNetwork, prior: LayerwisePrior) -> dict[st
 
     U → aU, δ_U → δ_U / a², V → V / a, δ_V → a² δ_V leaves the network, its effective dimensions
     and its evidence as they are, but hyper steps make log δ_U − log δ_V drift without end. It is
-    held within :data:`GAUGE_LIMIT` of its value at a random start, the log ratio of fan-ins.
+    held within :data:`GAUGE_LIMIT` of its value at a random start.
 
     Returns
     -------
@@ -424,12 +424,11 @@ def fix_gauge(network: SoftEquivariantNetwork, prior: LayerwisePrior) -> dict[st
     scales: dict[str, float] = {}
     precisions = prior.precisions()
     for prefix, _, _, pathway in _pathways(network):
-        if len(pathway.factor_names) < 2:
+        if not isinstance(pathway, FactoredFC):
             continue
         u, v = pathway.factor_names
-        first, second = pathway.get_parameter(u), pathway.get_parameter(v)
         log_u, log_v = (math.log(precisions[f"{prefix}.{name}"]) for name in (u, v))
-        drift = log_u - log_v + math.log(second.shape[-1] / first.shape[-1])
+        drift = log_u - log_v - pathway.log_gauge
         move = (drift - max(-GAUGE_LIMIT, min(GAUGE_LIMIT, drift))) / 2
         # No farther than both precisions can follow: else the weights would move alone.
         low, high = LOG_PRECISION_BOUNDS

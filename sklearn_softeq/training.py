@@ -354,7 +354,8 @@ class SoftEquivariantNet(NeuralNet):
         """Turn the precisions into decays δ/N of the weight tensors.
 
         SGD diverges on a prior that is stiff for its rate, so there it is applied implicitly,
-        w ← w / (1 + rate · δ/N), after the step. Adam's steps are bounded whatever δ is.
+        w ← w / (1 + rate/(1 − m) · δ/N) with momentum m, after the step. Adam's steps are bounded
+        whatever δ is.
         """
         sgd = isinstance(self.optimizer_, torch.optim.SGD)
         precisions = self.prior_.precisions()

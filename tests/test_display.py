@@ -6,11 +6,14 @@ import sys
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from sklearn.base import BaseEstimator
+from sklearn.compose import TransformedTargetRegressor
 from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
+from sklearn_softeq.base import SoftEquivariantBase
 from sklearn_softeq.display import MarginalLikelihoodDisplay, SymmetryDisplay
 
 DISPLAYS = (SymmetryDisplay, MarginalLikelihoodDisplay)
@@ -27,7 +30,7 @@ def plt():
     plt.close("all")
 
 
-class Fitted(BaseEstimator):
+class Fitted(SoftEquivariantBase):
     """The fitted arrays that displays read, without a fit."""
 
     def fit(self, X=None, y=None):
@@ -44,6 +47,7 @@ class Fitted(BaseEstimator):
             "log_marginal_likelihood": np.array([-340.0, -160.0]),
         }
         self.n_observations_ = 200.0
+        self.net_ = None
         return self
 
 
@@ -73,6 +77,19 @@ def test_from_estimator_asks_for_a_fit(display):
     for estimator in (Fitted(), make_pipeline(FunctionTransformer(), Fitted())):
         with pytest.raises(NotFittedError):
             display.from_estimator(estimator)
+
+
+@each_display
+def test_from_estimator_looks_where_scikit_learn_keeps_it(plt, display):
+    search, target = GridSearchCV(Fitted(), {}), TransformedTargetRegressor(Fitted())
+    for around in (search, target):
+        with pytest.raises(NotFittedError):
+            display.from_estimator(around)
+    search.best_estimator_ = target.regressor_ = Fitted().fit()
+    for around in (search, target):
+        assert display.from_estimator(around).estimator_name == "Fitted"
+    with pytest.raises(TypeError, match=f"{display.__name__} takes .* not a LogisticRegression"):
+        display.from_estimator(LogisticRegression())
 
 
 @each_display

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,7 +38,14 @@ from sklearn.utils import check_random_state
 from skorch import callbacks
 from skorch.callbacks import Callback, LRScheduler
 
-from sklearn_softeq import SoftEquivariantClassifier, assembly, course, networks, trials
+from sklearn_softeq import (
+    SoftEquivariantClassifier,
+    SoftEquivariantRegressor,
+    assembly,
+    course,
+    networks,
+    trials,
+)
 from sklearn_softeq.curvature import kronecker_factors
 from sklearn_softeq.datasets import load_digit_tasks
 from sklearn_softeq.groups import GROUPS
@@ -940,6 +948,20 @@ def test_partial_fit(digits):
     np.testing.assert_array_equal(clf.predict_proba(images), before)
 
 
+def test_what_is_set_between_chunks_is_checked_and_leaves_the_model(digits):
+    clf = SoftEquivariantClassifier(**FAST)
+    clf.partial_fit(*digits, classes=[0, 1, 2])
+    reg = SoftEquivariantRegressor(**FAST).partial_fit(*digits)
+    wrong = [(clf, {"class_weight": "foo"}), *((model, {"batch_size": -3}) for model in (clf, reg))]
+    for model, parameters in wrong:
+        again = copy.copy(model).set_params(**parameters)
+        with pytest.raises(ValueError, match=f"'{next(iter(parameters))}' parameter"):
+            again.partial_fit(*digits)
+        assert again.__sklearn_is_fitted__()
+    with pytest.raises(ValueError, match="'batch_size' parameter"):
+        reg.set_params(batch_size=0).predict(digits[0])
+
+
 def test_partial_fit_goes_on_from_fit(fitted, digits):
     clf = pickle.loads(pickle.dumps(fitted))
     clf.partial_fit(*digits)
@@ -1293,6 +1315,12 @@ def test_what_skorch_has_in_stock(digits, callback, tmp_path, monkeypatch):
         (callbacks.EarlyStopping, ValueError, "EarlyStopping monitors 'valid_loss'"),
         (callbacks.Checkpoint(), ValueError, "Checkpoint monitors 'valid_loss_best'"),
         (callbacks.EpochScoring("accuracy", on_train=True), ValueError, "ScoringMonitor"),
+        (callbacks.Checkpoint("train_loss_best"), ValueError, "skorch's own scoring"),
+        (callbacks.EarlyStopping("scatter"), ValueError, "only some epochs have.*n_iter_no"),
+        (callbacks.EarlyStopping("train_loss", load_best=True), ValueError, "keep_best"),
+        (callbacks.Checkpoint(None, load_best=True), ValueError, "Checkpoint would load"),
+        (callbacks.LoadInitState(callbacks.Checkpoint(None)), ValueError, "checkpoint_dir"),
+        (("progress", callbacks.EpochTimer()), ValueError, "'progress'"),
         (callbacks.LRScheduler("StepLR", step_size=1), ValueError, "lr_schedule='constant'"),
     ],
 )
@@ -1300,6 +1328,30 @@ def test_what_callbacks_ask_for_and_is_not_there(digits, callback, error, messag
     clf = SoftEquivariantClassifier(**FAST, callbacks=[callback])
     with pytest.raises(error, match=message):
         clf.fit(*digits)
+
+
+class Writer:
+    """What a logger writes to, with a lock, as TensorBoard's has one: it cannot be copied."""
+
+    def __init__(self):
+        self.lock, self.written = threading.Lock(), {}
+
+    def add_scalar(self, tag, scalar_value, global_step):
+        self.written.setdefault(tag, []).append(float(scalar_value))
+
+
+@pytest.mark.parametrize("kind", [SoftEquivariantClassifier, SoftEquivariantRegressor])
+@pytest.mark.parametrize("named", [False, True])
+def test_loggers_write_what_are_numbers(digits, kind, named):
+    writer = Writer()
+    logger = callbacks.TensorBoard(writer, close_after_train=False)
+    settings = {**FAST, "max_epochs": 4, "burn_in": 2, "evidence_every": 2, "start": "joint"}
+    given = [("board", logger) if named else logger]
+    kind(**settings, callbacks=given).fit(*digits)
+    assert len(writer.written["Loss/train_loss"]) == 4
+    assert len(writer.written["log_marginal_likelihood"]) == 2
+    assert not any("curvature" in tag and "rows" not in tag for tag in writer.written)
+    assert "first_batch_" not in vars(logger)  # only what it writes to is shared
 
 
 @pytest.mark.parametrize("predictive", ["map", "laplace"])

@@ -163,6 +163,15 @@ def test_sketch_is_unbiased_over_draws(likelihood):
     assert inner.mean(-1).abs().max() < 5 * inner.std(-1).max() / n_sketches**0.5
 
 
+@pytest.mark.parametrize("logits", [(0.0, 0.0, -40.0), (0.0, -8.0, -45.0, -46.0)])
+def test_sketch_of_near_certain_rows_in_single_precision(logits):
+    outputs = torch.tensor([logits])
+    columns = CATEGORICAL.hessian_sketch(outputs, 2000, torch.Generator().manual_seed(0))
+    assert columns.sum(1).abs().max() < 1e-6  # nothing in the direction that no logit sees
+    exact = CATEGORICAL.hessian_trace(outputs.double()).item()
+    assert columns.double().square().sum().item() == pytest.approx(exact, rel=1e-3)
+
+
 @each_model
 @pytest.mark.parametrize("random", ["hessian_sketch", "hessian_labels"])
 def test_random_columns_follow_their_generator_alone(likelihood, random):
@@ -344,6 +353,15 @@ def test_squares_are_told_from_the_log_likelihood(likelihood):
     assert other.variances == pytest.approx([0.25] * len(expected))
     assert isinstance(other.noise_variance, tuple) == several
     assert (other.learned, other.log_units) == (True, likelihood.log_units)
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e6, 1e-12])
+def test_small_squares_are_told_whatever_the_unit(unit):
+    apart = 1e-3 * torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
+    likelihood = Gaussian((1.0,), True, -math.log(unit))
+    told = of_all(likelihood, apart, torch.zeros(1000, 1), torch.ones(1000).double())
+    squares = apart.double().square().sum().item()
+    assert likelihood.noise(*told).squares == pytest.approx((squares,), rel=1e-5)
 
 
 @each_noise

@@ -244,6 +244,14 @@ def test_with_fixed_precisions_the_noise_is_still_learned(data):
     assert fixed.scores_.tolist() == [fixed.log_marginal_likelihood_value_]
 
 
+def test_given_precisions_stay_on_a_large_grid(data):
+    """Where those of U and V are far from what a random start would say."""
+    _, y = data
+    X = np.random.default_rng(0).normal(size=(len(y), 16, 16))
+    reg = SoftEquivariantRegressor(**FAST, learn_prior=False, prior_precision=0.5).fit(X, y)
+    assert set(np.round(list(reg.prior_precisions_by_name_.values()), 12)) == {0.5}
+
+
 @pytest.mark.parametrize("noise", [0, -1.0, "small", None])
 def test_a_noise_that_is_none(noise, data):
     with pytest.raises(ValueError, match="'noise' parameter"):

@@ -663,7 +663,7 @@ def drifts(network, prior, kind="factored_fc"):
     for i, block in enumerate(network.blocks):
         u, v = (precisions[f"blocks.{i}.{kind}.{f}.weight"] for f in "UV")
         path = block.pathways[kind]
-        found.append(math.log(u / v * path.V.weight.shape[-1] / path.U.weight.shape[-1]))
+        found.append(math.log(u / v * path.in_channels / path.n_pixels))
     return found
 
 
@@ -674,6 +674,15 @@ def drift_apart(network, prior, by, kind="factored_fc"):
             name = f"blocks.{i}.{kind}.{factor}.weight"
             value = prior.precisions()[name] * math.exp(sign * (by - drift))
             prior.set_precision(name, value)
+
+
+@pytest.mark.parametrize("kind", ["factored_fc", "sparse_fc"])
+def test_gauge_is_that_of_a_random_start(kind):
+    network = build_network((1, 16, 16), 3, pathways=(kind,), width=8, dtype=torch.float64)
+    path = network.blocks[0].pathways[kind]
+    u, v = (path.get_parameter(name).square().mean().item() for name in path.factor_names)
+    # With half as many anchors as pixels the ratio of fan-ins would be off by log 2.
+    assert math.log(v / u) == pytest.approx(path.log_gauge, abs=0.3)
 
 
 @pytest.mark.parametrize("kind", ["factored_fc", "sparse_fc"])

@@ -42,8 +42,8 @@ CONTAINERS = {
     "float32": (lambda: ROWS.astype(np.float32), np.float32, None),
     "float16": (lambda: ROWS.astype(np.float16), np.float32, None),
     "uint8": (lambda: ROWS.astype(np.uint8), np.float32, None),
-    "int64": (lambda: ROWS.astype(np.int64), np.float64, None),
-    "int16-4d": (lambda: VALUES.astype(np.int16), np.float64, SHAPE),
+    "int64": (lambda: ROWS.astype(np.int64), np.float32, None),
+    "int16-4d": (lambda: VALUES.astype(np.int16), np.float32, SHAPE),
     "uint8-4d": (lambda: VALUES.astype(np.uint8), np.float32, SHAPE),
     "float16-4d": (lambda: VALUES.astype(np.float16), np.float32, SHAPE),
     "float64-4d": (lambda: VALUES.astype(np.float64), np.float64, SHAPE),
@@ -69,11 +69,18 @@ CONTAINERS = {
     "big-endian": (lambda: ROWS.astype(">f8"), np.float64, None),
     "list": (lambda: ROWS.tolist(), np.float64, None),
     "list-of-arrays": (lambda: list(ROWS.astype(np.float32)), None, None),
-    "nested-list": (lambda: VALUES.tolist(), np.float64, SHAPE),
+    "nested-list": (lambda: VALUES.tolist(), np.float32, SHAPE),
     "tuple-of-images": (lambda: tuple(VALUES.astype(np.float32)), np.float32, SHAPE),
     "list-of-uint8-images": (lambda: list(VALUES.astype(np.uint8)), np.float32, SHAPE),
     "frame": (lambda: pd.DataFrame(ROWS.astype(np.float64)), np.float64, None),
     "frame-float32": (lambda: pd.DataFrame(ROWS.astype(np.float32)), np.float32, None),
+    "frame-uint8": (lambda: pd.DataFrame(ROWS.astype(np.uint8)), np.float32, None),
+    "frame-Int64": (lambda: pd.DataFrame(ROWS.astype(np.int64), dtype="Int64"), np.float32, None),
+    "frame-mixed": (
+        lambda: pd.DataFrame(ROWS.astype(np.uint8)).astype({0: np.float64}),
+        np.float64,
+        None,
+    ),
     "tensor": (lambda: torch.tensor(ROWS, dtype=torch.float32), np.float32, None),
     "tensor-4d": (lambda: torch.tensor(VALUES, dtype=torch.float64), np.float64, SHAPE),
     "tensor-uint8": (lambda: torch.tensor(VALUES, dtype=torch.uint8), np.float32, SHAPE),
@@ -492,6 +499,16 @@ def test_equal_rows_become_one_with_the_sum_of_their_weights():
     X, codes, weights = canonical([[1], [2], [1], [1], [3]], [0, 0, 0, 1, 0], [1, 2, 0.5, 4, 0])
     found = sorted(zip(X[:, 0], codes, weights, strict=True))
     assert found == [(1, 0, 1.5), (1, 1, 4), (2, 0, 2)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_zeros_of_another_sign_are_the_same(dtype):
+    X = np.array([[0.0, 1.0], [-0.0, 1.0], [2.0, 0.0]], dtype)
+    codes, weights = np.array([0, 0, 1]), np.ones(3)
+    found, expected = distinct_rows(X, codes, weights), distinct_rows(X + 0, codes, weights)
+    for one, other in zip(found, expected, strict=True):
+        assert one.tobytes() == other.tobytes()
+    assert sorted(found[2]) == [1, 2]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -58,6 +58,11 @@ class FactoredFC(Pathway):
         self.U = self._factor_u(in_channels, grid, out_channels)
         self.V = self._factor_v(out_channels, in_channels, self.output_grid)
 
+    @property
+    def log_gauge(self) -> float:
+        """log δ_U − log δ_V at a random start, whose variances are 1/X and 1/C."""
+        return math.log(self.n_pixels / self.in_channels)
+
     def _factor_u(self, in_channels: int, grid: Grid, out_channels: int) -> FactorU:
         return FactorU(in_channels, math.prod(grid), out_channels)
 
