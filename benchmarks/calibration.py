@@ -9,7 +9,8 @@ alone and calibrated. Part b: the largest resident memory of a process, with all
 loaded, that predicts rows of 100 classes (16×16 pixels), and how long it takes (Linux only). A
 result that is there is left out of a further run.
 
-    python benchmarks/calibration.py [--part a|b] [--seeds N ...] [--max-epochs N] [--output PATH]
+    python benchmarks/calibration.py [--part a|b] [--seeds N ...] [--max-epochs N] [--only-rivals]
+        [--output PATH]
 """
 
 import argparse
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from harness import (
     Results,
+    calibration_error,
     curvature_of,
     mark_row,
     print_marks,
@@ -48,7 +50,6 @@ from sklearn_softeq.predictive import laplace_outputs
 OUTPUT = Path(__file__).with_suffix(".json")
 SEEDS = (0, 1, 2, 3, 4)
 N_FIT = 300
-N_BINS = 15
 N_FOLDS = 3
 SCORES = ("nll", "ece", "accuracy")
 PREDICTIONS = {
@@ -71,15 +72,6 @@ FITS = {
 MEASURED = {"closed form, 10 000 rows": (None, 10_000), "1000 samples, 1000 rows": (1000, 1000)}
 LARGE = Setting(n_classes=100)
 GIB = 2**30 / 1e6  # in MB
-
-
-def calibration_error(probabilities, codes):
-    """Expected calibration error of the most probable class, in 15 bins of equal width."""
-    confidence = probabilities.max(1)
-    right = probabilities.argmax(1) == codes
-    bins = np.minimum((N_BINS * confidence).astype(int), N_BINS - 1)
-    gaps = np.bincount(bins, right - confidence, N_BINS)
-    return float(np.abs(gaps).sum() / len(codes))
 
 
 def scores(probabilities, codes):

@@ -7,7 +7,7 @@ pathway that carries each layer of a sum, by how much of its weights the data de
 
     python benchmarks/full_scale.py [--sets S ...] [--models M ...] [--priors P ...] [--rows N]
         [--width N] [--epochs N] [--seconds S] [--mnist PATH] [--cifar10 PATH ...] [--device D]
-        [--output PATH]
+        [--seed N] [--threads N] [--output PATH]
 
 What is there already is left out. After `--seconds` it stops and can be called again: then it goes
 on after the epoch in which it was broken off, from states in a folder beside the output, which take

@@ -8,7 +8,8 @@ fit, so that start, compilation and the evidence at the end do not count; beside
 in a bare PyTorch loop in float32, and the largest memory that the device had allocated. A result
 that is there is left out of a further run.
 
-    python benchmarks/gpu.py [--rows N] [--epochs N] [--width N] [--device D] [--output PATH]
+    python benchmarks/gpu.py [--rows N] [--epochs N] [--width N] [--device D] [--settings S ...]
+        [--output PATH]
 """
 
 import argparse

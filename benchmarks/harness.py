@@ -30,6 +30,7 @@ __all__ = [
     "N_WARM_UP",
     "Results",
     "Step",
+    "calibration_error",
     "curvature_of",
     "environment",
     "interval",
@@ -48,6 +49,8 @@ __all__ = [
 ]
 
 N_WARM_UP = 3
+#: Bins of a calibration error.
+N_BINS = 15
 #: Size of a class's pattern in ``smooth_images``: below, hardly anything can be learned from 5000
 #: of them; far above, all is learned in an epoch.
 SIGNAL = 0.3
@@ -161,6 +164,15 @@ def standard_error(values: np.ndarray) -> float:
     """Of the mean; NaN of a single value."""
     n = len(values)
     return float(np.std(values, ddof=1) / n**0.5) if n > 1 else float("nan")
+
+
+def calibration_error(probabilities: np.ndarray, codes: np.ndarray) -> float:
+    """Expected calibration error of the most probable class, in bins of equal width."""
+    confidence = probabilities.max(1)
+    right = probabilities.argmax(1) == codes
+    bins = np.minimum((N_BINS * confidence).astype(int), N_BINS - 1)
+    gaps = np.bincount(bins, confidence - right, N_BINS)
+    return float(np.abs(gaps).sum() / len(codes))
 
 
 def smooth_images(

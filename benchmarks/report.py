@@ -24,8 +24,8 @@ BEGIN, END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
 SHORT = {
     "digits": "--part a --max-epochs 10",
     "orientation": "--seeds 0 --max-epochs 20",
-    "symmetry": "--sets digits --tasks digit --models conv factored_fc sparse_fc p4_conv all "
-    '--priors learned --seeds 0 --parameters {"max_epochs":20}',
+    "symmetry": "--sets digits --tasks digit quadrant --models all --priors learned --seeds 0 "
+    '--parameters {"max_epochs":20}',
     "layers": "--rounds 3",
     "factors": "--rounds 1",
     "overhead": "--rounds 1 --epochs 5 --classes 10",

@@ -16,7 +16,7 @@ and 2000 of MNIST's test images.
 
     python benchmarks/symmetry.py [--sets S ...] [--tasks T ...] [--models M ...]
         [--priors P ...] [--seeds N ...] [--n-train N] [--parameters JSON] [--mnist PATH]
-        [--output PATH] [--page PATH] [--report]
+        [--threads N] [--output PATH] [--page PATH] [--report]
 
 What is there already is left out; several processes may write to one file. `--report` fits nothing.
 MNIST comes from an npz file with X_train, X_test of the shape (n, 1, 28, 28) from 0 to 255 and
@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from harness import Results, replaced
+from harness import Results, calibration_error, replaced
 from scipy.special import log_softmax
 from sklearn.base import clone
 from sklearn.datasets import fetch_openml, load_digits
@@ -51,7 +51,6 @@ from sklearn_softeq.likelihoods import Categorical
 OUTPUT = Path(__file__).with_suffix(".json")
 N_TRAIN, N_TEST = 1000, 2000
 SMALL, LARGE = 8, 16  # pixels of an image that is placed, and of one that is not
-N_BINS = 15
 
 TASKS = {
     "digit": (SMALL, lambda *data: make_quadrants(*data[:2], random_state=data[2])),
@@ -243,7 +242,7 @@ def measured(clf: SoftEquivariantClassifier, X_train, y_train, X_test, y_test) -
     return {
         "accuracy": round(clf.score(X_test, y_test), 4),
         "nll": round(log_loss(y_test, p, labels=clf.classes_), 4),
-        "ece": round(calibration_error(clf.classes_, y_test, p), 4),
+        "ece": round(calibration_error(p, np.searchsorted(clf.classes_, y_test)), 4),
         "train_nll": round(of_training, 4),
         "log_evidence": round(clf.log_marginal_likelihood_value_ / len(y_train), 4),
         "linear_term": round(clf.evidence_linear_term_, 4),
@@ -265,14 +264,6 @@ def rounded(values, digits: int = 4) -> list:
     values = np.asarray(values, dtype=float)
     found = np.where(np.isfinite(values), np.round(values, digits), np.nan).astype(object)
     return np.where(np.isfinite(values), found, None).tolist()
-
-
-def calibration_error(classes: np.ndarray, y: np.ndarray, p: np.ndarray) -> float:
-    """Expected calibration error: mean gap of confidence and accuracy over bins of confidence."""
-    confidence, right = p.max(1), classes[p.argmax(1)] == y
-    bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)
-    gaps = np.bincount(bins, confidence - right, N_BINS)
-    return float(np.abs(gaps).sum() / len(y))
 
 
 if __name__ == "__main__":

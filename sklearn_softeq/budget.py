@@ -32,7 +32,7 @@ BUDGET = 0.07
 #: time is: that is a fraction of a second, and a fit without chance in it.
 EXACT_COLUMNS = 4096
 
-#: Rows of a subset: fewer estimate a log determinant too badly (256: by 2 to 5 %), more than the
+#: Rows of a subset: fewer estimate a log determinant too badly (256: by 3 to 8 %), more than the
 #: larger number do not improve it (4096: by 0.1 %).
 MIN_ROWS, MAX_ROWS = 256, 4096
 
