@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from sklearn.datasets import load_digits
 from skorch.callbacks import Callback
 
 from sklearn_softeq.batches import Batches, TrainingData
@@ -22,6 +23,13 @@ from sklearn_softeq.training import OPTIMIZERS, SoftEquivariantNet
 
 K = 3
 ALL = ("conv", "factored_fc", "fc")
+
+
+def small_digits(n):
+    """Images (n, 4, 4) of three digits, float32 in 0…1, and their labels."""
+    images, labels = load_digits(n_class=3, return_X_y=True)
+    images = images.reshape(-1, 4, 2, 4, 2).mean((2, 4)) / 16
+    return images[:n].astype(np.float32), labels[:n]
 
 
 def data_of(n=12, shape=(1, 4, 4), dtype=torch.float64, n_observations=None, weighted=True):

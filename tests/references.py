@@ -32,6 +32,12 @@ Grid = tuple[int, int]
 Matrix = tuple[tuple[int, int], tuple[int, int]]
 
 
+def close(found: Tensor, expected: Tensor, tol: float = 1e-10) -> None:
+    """Assert that they agree to so much of the largest number."""
+    scale = max(expected.abs().max().item(), 1e-6)
+    torch.testing.assert_close(found, expected, atol=tol * scale, rtol=tol)
+
+
 def pixels(grid: Grid) -> list[tuple[int, int]]:
     return list(product(range(grid[0]), range(grid[1])))
 

@@ -36,7 +36,7 @@ from sklearn_softeq import (
     course,
 )
 from sklearn_softeq.checkpoint import FILES, Checkpoint, columns, rows
-from sklearn_softeq.records import read
+from sklearn_softeq.records import read, write
 from sklearn_softeq.training import SoftEquivariantNet
 
 SHORT = {
@@ -461,6 +461,25 @@ def test_without_any_whole_file_a_fit_begins_anew(data, tmp_path):
     with pytest.warns(UserWarning, match="left aside"):
         clf.fit(*data)
     assert_same(clf, expected, data[0])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda record: {**record, "one more": None},
+        lambda record: {key: value for key, value in record.items() if key != "trials"},
+        lambda record: list(record),
+    ],
+    ids=["one more", "one less", "a list"],
+)
+def test_a_whole_record_of_another_form_is_no_state(other, data, tmp_path, capsys):
+    clf = SoftEquivariantClassifier(**SHORT, checkpoint_dir=tmp_path, verbose=1)
+    broken_off(clf, data, 3)
+    last = max((tmp_path / name for name in FILES), key=lambda path: read(path)["number"])
+    write(last, other(read(last)))  # its digest is right, as if another version had written it
+    with pytest.warns(UserWarning, match=f"{last.name} is no checkpoint. It is left aside"):
+        broken_off(clf, data, 3)
+    assert "goes on after epoch 2, from" in capsys.readouterr().out  # instead of 3
 
 
 def test_no_code_in_a_checkpoint_is_run(data, tmp_path):
@@ -1018,8 +1037,9 @@ def kill(process):
 @pytest.mark.parametrize(("share", "n_kills"), [(0.2, 8), (math.inf, 20)])
 def test_killed_at_any_moment(share, n_kills, data, tmp_path):
     folder, settings = tmp_path / "run", {**SHORT, "max_epochs": 40}
+    process = begin(tmp_path, data, share, **settings)  # imports are over
     begun = time.monotonic()
-    expected = finished(*begin(tmp_path, data, share, **settings))
+    expected = finished(*process)
     seconds = time.monotonic() - begun
     settings["checkpoint_dir"] = folder
     chance, reached = random.Random(0), []

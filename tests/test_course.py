@@ -43,10 +43,7 @@ from sklearn_softeq.schedules import STARTS, JointStart, LearningRate
 LEARNT = course.LEARNT
 
 
-@pytest.fixture(autouse=True)
-def _no_restart(monkeypatch):
-    """Nothing is learnt in a few epochs on noise; what follows from that has tests of its own."""
-    monkeypatch.setattr(course, "LEARNT", -np.inf)
+pytestmark = pytest.mark.usefixtures("no_restart")
 
 
 # ── the evidence step
@@ -452,7 +449,7 @@ def test_pathways_that_are_released_are_looked_at_before_their_first_step():
 
 
 def test_kfac_sees_the_curvature_of_the_rows_that_it_looks_at():
-    data = data_of(20, weighted=False)
+    data = data_of(20, n_observations=50.0)
     net, _ = kfac_net(burn_in=100, max_epochs=1)
     seen = {}
     observe = net.optimizer_.observe
@@ -463,10 +460,30 @@ def test_kfac_sees_the_curvature_of_the_rows_that_it_looks_at():
 
     net.optimizer_.observe = spy
     batch = (data.inputs, data.targets, data.weights)
-    expected = kronecker_factors(net.module_, Categorical(), [batch]).factors
+    expected = kronecker_factors(net.module_, Categorical(), [batch], total_weight=50.0).factors
     net.partial_fit(data)
     for name, tensor in net.module_.named_parameters():
         torch.testing.assert_close(seen[id(tensor)], expected[name].to_dense())
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "most", "columns"),
+    [(20, 20 * (K - 1), "exact"), (20, 20 * (K - 1) - 1, "rademacher"), (8, 4096, "rademacher")],
+)
+def test_kfac_takes_all_columns_of_few_rows_else_random_ones(n_rows, most, columns, monkeypatch):
+    seen = []
+
+    def spy(*args, estimator, total_weight, generator, **options):
+        seen.append((estimator.columns, total_weight, generator.initial_seed()))
+        options |= {"estimator": estimator, "generator": generator}
+        return kronecker_factors(*args, total_weight=total_weight, **options)
+
+    monkeypatch.setattr(course, "kronecker_factors", spy)
+    monkeypatch.setattr(course, "EXACT_COLUMNS", most)
+    net, _ = kfac_net(burn_in=100, max_epochs=3, n_rows=n_rows)
+    net.partial_fit(data_of(20, n_observations=50.0))
+    # Other signs each time; what follows is the evidence at the end.
+    assert seen[:2] == [(columns, 50.0, 7 + epoch) for epoch in (1, 3)]
 
 
 def test_kfac_looks_at_so_many_rows_of_more(monkeypatch):
@@ -766,9 +783,8 @@ def test_best_state_is_restored_if_the_last_is_worse():
     assert_weights(net, record.weights[2])
     assert net.prior_.precisions() == record.precisions[2]
     # What it was is not what it became.
-    assert not torch.equal(
-        record.weights[2]["head.output.weight"], weights_of(net)["head.output.bias"]
-    )
+    best, last = (record.weights[epoch]["head.output.weight"] for epoch in (2, 5))
+    assert not torch.equal(best, last)
     assert record.precisions[2] != record.precisions[5]
 
 

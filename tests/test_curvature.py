@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 from itertools import product
-from typing import ClassVar
 
 import pytest
 import torch
 from cases import ALL_PATHWAYS, APPROXIMATE, EXACT, NetworkCase, chain, randomise
-from references import ggn, kfac_expand, kfac_reduce
+from references import close, ggn, kfac_expand, kfac_reduce
 from torch import nn
 
 from sklearn_softeq import curvature
@@ -23,11 +22,6 @@ each_approximate = pytest.mark.parametrize("case", APPROXIMATE, ids=str)
 each_case = pytest.mark.parametrize("case", EXACT + APPROXIMATE, ids=str)
 
 BY_NAME = {case.name: case for case in EXACT + APPROXIMATE}
-
-
-def close(found, expected):
-    scale = expected.abs().max().item()
-    torch.testing.assert_close(found, expected, atol=1e-10 * max(scale, 1e-6), rtol=1e-10)
 
 
 def dense(factors):
@@ -958,27 +952,6 @@ def test_no_hook_is_left_after_an_exception():
     with pytest.raises(RuntimeError):  # too many channels for the first layer
         kronecker_factors(network, case.likelihood, [(torch.cat([batch[0]] * 2, 1), *batch[1:])])
     assert hooks(network) == []
-
-
-class Looking(Categorical):
-    """Notes the precision of convolutions while columns are drawn."""
-
-    seen: ClassVar[list[str]] = []
-
-    def hessian_root(self, outputs):
-        self.seen.append(torch.backends.cudnn.conv.fp32_precision)
-        return super().hessian_root(outputs)
-
-
-def test_a_pass_is_in_full_precision(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    case = BY_NAME["fc"]
-    network, batch = setting(case)
-    before = torch.backends.cudnn.conv.fp32_precision
-    assert before != "ieee"
-    kronecker_factors(network, Looking(), [batch])
-    assert Looking.seen == ["ieee"]
-    assert torch.backends.cudnn.conv.fp32_precision == before
 
 
 def test_a_pathway_that_is_off_has_no_factors():

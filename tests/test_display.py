@@ -13,6 +13,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
+from sklearn_softeq import SoftEquivariantClassifier
 from sklearn_softeq.base import SoftEquivariantBase
 from sklearn_softeq.display import MarginalLikelihoodDisplay, SymmetryDisplay
 
@@ -249,6 +250,19 @@ def test_terms_add_up_to_the_evidence_per_datum(plt):
     assert_allclose(terms, [[-1.5, -0.5], [-0.05, -0.1], [-0.15, -0.2]])
     for line in display.lines_:
         assert_array_equal(line.get_xdata(), [5, 10])
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("learn_prior", [False, True])
+def test_a_fit_without_evidences_has_nothing_to_show(learn_prior):
+    X, y = np.random.default_rng(0).normal(size=(12, 1, 4, 4)), np.arange(12) % 2
+    clf = SoftEquivariantClassifier(width=1, max_epochs=4, start="joint", learn_prior=learn_prior)
+    if learn_prior:
+        clf.partial_fit(X, y, classes=[0, 1])  # one epoch: burn_in is still to come
+    else:
+        clf.fit(X, y)
+    with pytest.raises(ValueError, match="recorded no evidence .* Fit it with learn_prior=True"):
+        MarginalLikelihoodDisplay.from_estimator(clf)
 
 
 @each_display

@@ -10,9 +10,8 @@ import warnings
 
 import numpy as np
 import pytest
-from nets import begin, data_of, net_of, weights_of
+from nets import begin, data_of, net_of, small_digits, weights_of
 from sklearn.base import clone
-from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -39,9 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceW
 
 @pytest.fixture(scope="module")
 def digits():
-    images, labels = load_digits(n_class=3, return_X_y=True)
-    images = images.reshape(-1, 4, 2, 4, 2).mean((2, 4)) / 16
-    return images[:50].astype(np.float32), labels[:50]
+    return small_digits(50)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from references import close
 
 from sklearn_softeq import kronecker
 from sklearn_softeq.kronecker import (
@@ -31,11 +32,6 @@ def matrix(shape, **options):
 
 def spectrum(kron):
     return spectra({"w": kron})["w"]
-
-
-def close(found, expected):
-    scale = max(expected.abs().max().item(), 1e-6)
-    torch.testing.assert_close(found, expected, atol=1e-10 * scale, rtol=1e-10)
 
 
 @each_shape

@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
+from nets import small_digits
 from sklearn.exceptions import NotFittedError
 
 from sklearn_softeq import SoftEquivariantClassifier, base, predictive
@@ -38,9 +38,7 @@ each_error = pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
 
 @pytest.fixture(scope="module")
 def digits():
-    images, labels = load_digits(n_class=3, return_X_y=True)
-    images = images.reshape(-1, 4, 2, 4, 2).mean((2, 4)) / 16
-    return images[:150].astype(np.float32), labels[:150]
+    return small_digits(150)
 
 
 @pytest.fixture(scope="module", params=["map", "laplace"])

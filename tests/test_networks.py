@@ -1,6 +1,7 @@
 """Stacks: weight counts, shapes for any image, invariance end to end, memory, start."""
 
 import math
+import os
 from itertools import pairwise
 
 import pytest
@@ -688,6 +689,19 @@ def test_memory_counts_interpolations_and_solving_for_them(monkeypatch):
 
 def test_memory_of_this_machine():
     assert networks._memory() > 2**20
+
+
+@pytest.mark.parametrize("error", [None, ValueError, OSError])
+def test_memory_of_a_machine_that_does_not_tell(error, monkeypatch):
+    def refuse(name):
+        raise error(name)
+
+    if error is None:  # as on Windows
+        monkeypatch.delattr(os, "sysconf", raising=False)
+    else:
+        monkeypatch.setattr(os, "sysconf", refuse, raising=False)
+    assert networks._memory() == 2**34
+    build_network((1, 4, 4), 3)  # what is of common size is let pass
 
 
 @pytest.mark.slow

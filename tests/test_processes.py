@@ -1,5 +1,6 @@
 """Several processes: what each of them sees of the others, and fits under torchrun."""
 
+import contextlib
 import pickle
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from sklearn_softeq.processes import ALONE, Processes, joined
+from sklearn_softeq import SoftEquivariantClassifier
+from sklearn_softeq.processes import ALONE, Processes, alone, joined
 
 # ── alone
 
@@ -29,6 +32,37 @@ def test_a_process_is_alone_unless_it_was_launched_with_others(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert joined(torch.device("cpu")) == ALONE
+
+
+# ── in a group of the caller's
+
+
+@contextlib.contextmanager
+def group():
+    """A group of this process only, as a caller makes one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_process_in_a_group_is_not_alone():
+    assert alone()
+    with group():
+        assert not alone()
+        assert joined(torch.device("cpu")) == Processes(0, 1)
+    assert alone()
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_a_group_that_the_caller_made_is_taken_and_left():
+    X, y = np.random.default_rng(0).normal(size=(12, 1, 4, 4)), np.arange(12) % 3
+    clf = SoftEquivariantClassifier(width=1, max_epochs=2, start="joint", random_state=0)
+    expected = clf.fit(X, y).predict_proba(X)
+    with group() as made:
+        np.testing.assert_array_equal(clf.fit(X, y).predict_proba(X), expected)
+        assert dist.group.WORLD is made
 
 
 # ── under torchrun

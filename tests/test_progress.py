@@ -1,6 +1,8 @@
 """scikit-learn's callbacks hear of a fit and of each of its epochs; what is printed of it."""
 
+import importlib
 import pickle
+import sys
 from functools import partial
 
 import numpy as np
@@ -162,6 +164,34 @@ def test_bars_of_a_search_over_a_pipeline(n_jobs, digits, capfd):
         assert level in printed
     assert "100%" in printed
     assert search.predict(digits[0]).shape == (60,)
+
+
+# ── a scikit-learn without callbacks
+
+
+def own_modules():
+    return [name for name in sys.modules if name.partition(".")[0] == "sklearn_softeq"]
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Imports the package once more, without ``sklearn.callback``; then all is as it was."""
+    kept = {name: sys.modules.pop(name) for name in own_modules()}
+    monkeypatch.setitem(sys.modules, "sklearn.callback", None)
+    yield lambda: importlib.import_module("sklearn_softeq")
+    for name in own_modules():
+        del sys.modules[name]  # no class of it may be met beside its twin
+    sys.modules.update(kept)
+
+
+def test_without_callbacks_in_scikit_learn_a_fit_has_none(digits, fresh):
+    X, y = digits
+    options = {**SHORT, "max_epochs": 2, "start": "joint"}
+    clf = fresh().SoftEquivariantClassifier(**options)
+    assert not isinstance(clf, SoftEquivariantClassifier)
+    assert "set_callbacks" not in dir(clf)
+    expected = SoftEquivariantClassifier(**options).fit(X, y)
+    np.testing.assert_array_equal(clf.fit(X, y).predict_proba(X), expected.predict_proba(X))
 
 
 # ── lines that are printed

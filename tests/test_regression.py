@@ -96,7 +96,7 @@ def test_one_number_as_a_vector_or_a_column_is_the_same(data):
         (sparse.csr_array(np.eye(40)), "parse|dense"),
         (np.array(["a"] * 40), "real numbers|convert"),
         (np.full(40, np.nan), "NaN"),
-        (None, "y"),
+        (None, "requires y to be passed"),
     ],
     ids=["cube", "none", "complex", "sparse", "strings", "nan", "missing"],
 )
@@ -499,7 +499,12 @@ def test_callbacks_that_predict_after_each_epoch(data):
     monitor = callback.ScoringMonitor(scoring="r2")
     reg = SoftEquivariantRegressor(**PLAIN).set_callbacks(monitor)
     reg.fit(*data)
-    assert reg.score(*data) > 0
+    log = monitor.get_logs().data_as_pandas
+    scores = log[log["task_name"] == "epoch"].sort_values("task_id")["r2"]
+    assert len(scores) == reg.n_iter_
+    assert scores.iloc[-1] > scores.iloc[0]
+    last = log[log["task_name"] == "fit"]["r2"].item()
+    assert last == pytest.approx(reg.score(*data))
 
 
 def test_a_noise_that_is_not_finite_is_not_taken():

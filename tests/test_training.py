@@ -27,7 +27,7 @@ from nets import (
 from skorch.callbacks import Callback
 from torch import nn
 
-from sklearn_softeq import course, training
+from sklearn_softeq import training
 from sklearn_softeq.batches import TrainingData
 from sklearn_softeq.layers import FC
 from sklearn_softeq.likelihoods import Gaussian
@@ -36,11 +36,7 @@ from sklearn_softeq.marginal_likelihood import (
     LengthscaleSolver,
 )
 
-
-@pytest.fixture(autouse=True)
-def _no_restart(monkeypatch):
-    """Nothing is learnt in a few epochs on noise; what follows from that has tests of its own."""
-    monkeypatch.setattr(course, "LEARNT", -np.inf)
+pytestmark = pytest.mark.usefixtures("no_restart")
 
 
 # ── loss and gradient
