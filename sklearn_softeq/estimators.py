@@ -204,8 +204,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         "auto" takes a CUDA device if there is one; else "cpu", "cuda" or "cuda:N". Where no
         CUDA device is to be had, a warning says so and the CPU serves.
     dtype : {"auto", "float32", "float64"}, default="auto"
-        Of the computation. "auto": float64 for float64 input on the CPU, and for lists of rows;
-        float32 for integers and all else.
+        Of the computation. "auto": float64 on the CPU for float64 input and for integers other
+        than uint8, which scikit-learn takes as float64; else float32.
     random_state : int, RandomState instance or None, default=None
         Of initial weights, batches and curvature. None draws from NumPy's global generator, as
         in scikit-learn; no other global generator is moved.

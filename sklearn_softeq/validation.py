@@ -55,9 +55,9 @@ def check_images(
     estimator : BaseEstimator
         Its ``n_features_in_`` is set (``reset=True``) or held against the input.
     X : array-like of shape (n, features), (n, H, W) or (n, C, H, W)
-        NumPy array, list, DataFrame or torch tensor on any device. Integers, bool, float16 and
-        float32 become float32; all else becomes float64, as do lists of rows, whose numbers are
-        Python's.
+        NumPy array, list, DataFrame or torch tensor on any device. float64 and float32 stay;
+        arrays, tensors and lists of images of uint8, bool and float16 become float32. All else,
+        as other integers, becomes float64, as in scikit-learn, whatever it comes in.
     y : array-like of shape (n,), (n, K) or "no_validation"
         Class labels, or numbers; None is an error, in scikit-learn's words.
     reset : bool
@@ -76,7 +76,7 @@ def check_images(
     X, shape = _flattened(X)
     if isinstance(y, torch.Tensor):
         y = y.detach().cpu().numpy()
-    dtypes = np.float32 if _narrow(X) else [np.float64, np.float32]
+    dtypes = [np.float64, np.float32]
     kind = {"multi_output": True, "y_numeric": True} if numbers else {}
     checked = validate_data(estimator, X, y, reset=reset, dtype=dtypes, **kind)
     if isinstance(y, str):
@@ -108,19 +108,14 @@ def _flattened(X: Any) -> tuple[Any, ImageShape | None]:
         X = _list_of_images(X)
     if not isinstance(X, np.ndarray):
         return X, None
+    if X.dtype in (np.uint8, np.bool_, np.float16):
+        X = X.astype(np.float32)
     if not X.dtype.isnative:  # torch has no other order of bytes
         X = X.astype(X.dtype.newbyteorder("="))
     if X.ndim not in (3, 4):
         return X, None
     channels, height, width = (1, *X.shape[1:])[-3:]
     return X.reshape(len(X), channels * height * width), (channels, height, width)
-
-
-def _narrow(X: Any) -> bool:
-    """Whether single precision is enough for the numbers of an array or a DataFrame."""
-    dtypes = [X.dtype] if isinstance(X, np.ndarray) else list(getattr(X, "dtypes", ()))
-    known = [getattr(dtype, "kind", "O") in "biu" or dtype == np.float16 for dtype in dtypes]
-    return bool(known) and all(known)
 
 
 def _list_of_images(rows: Sequence) -> Any:
