@@ -340,10 +340,12 @@ def test_a_fit_that_was_broken_off_goes_on_from_its_files(digits, ctrl_c, tmp_pa
 
 
 SCRIPT = """
+import signal
 import warnings
 import numpy as np
 from sklearn_softeq import SoftEquivariantClassifier
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it has none
 X = np.random.default_rng(0).normal(size=(60, 8, 8)).astype(np.float32)
 clf = SoftEquivariantClassifier(
     max_epochs=100_000, burn_in=2, width=2, n_iter_no_change=10**6, verbose=1
