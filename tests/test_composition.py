@@ -98,6 +98,7 @@ def test_displays_of_scikit_learn(display, images, labels):
         model, y = CLASSIFIER, labels
     try:
         drawn = display.from_estimator(clone(model).fit(images, y), images, y)
+        assert drawn.figure_.axes[0].has_data()
         drawn.figure_.canvas.draw()
     finally:
         plt.close("all")
