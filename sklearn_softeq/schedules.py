@@ -14,7 +14,7 @@ import torch
 
 from .groups import P1, PointGroup
 from .hyperparameters import LOG_PRECISION_BOUNDS, LayerwisePrior
-from .layers import FactoredFC, Pathway, PathwaySum
+from .layers import Pathway, PathwaySum
 from .networks import SoftEquivariantNetwork
 
 __all__ = [
@@ -424,7 +424,7 @@ def fix_gauge(network: SoftEquivariantNetwork, prior: LayerwisePrior) -> dict[st
     scales: dict[str, float] = {}
     precisions = prior.precisions()
     for prefix, _, _, pathway in _pathways(network):
-        if not isinstance(pathway, FactoredFC):
+        if pathway.log_gauge is None:
             continue
         u, v = pathway.factor_names
         log_u, log_v = (math.log(precisions[f"{prefix}.{name}"]) for name in (u, v))

@@ -186,6 +186,11 @@ class Pathway(nn.Module, ABC):
     group: PointGroup | None
     factor_names: tuple[str, ...] = ("weight",)
 
+    @property
+    def log_gauge(self) -> float | None:
+        """log δ_U − log δ_V of two factors at a random start; None where there is no gauge."""
+        return None
+
     @classmethod
     def from_spec(cls, spec: LayerSpec) -> "Pathway":
         """The pathway that fits into a layer."""

@@ -60,7 +60,7 @@ class FactoredFC(Pathway):
 
     @property
     def log_gauge(self) -> float:
-        """log δ_U − log δ_V at a random start, whose variances are 1/X and 1/C."""
+        """log(X/C), of weights with the variances 1/X and 1/C."""
         return math.log(self.n_pixels / self.in_channels)
 
     def _factor_u(self, in_channels: int, grid: Grid, out_channels: int) -> FactorU:
