@@ -112,7 +112,7 @@ def environment():
 def code() -> str:
     """Digest of what the package's modules do, whatever their comments and docstrings say."""
     digest = hashlib.sha256()
-    for path in sorted(Path(sklearn_softeq.__file__).parent.glob("*.py")):
+    for path in sorted(Path(sklearn_softeq.__file__).parent.rglob("*.py")):
         tree = ast.parse(path.read_bytes())
         for node in ast.walk(tree):
             if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:

@@ -16,7 +16,8 @@ and 2000 of MNIST's test images.
 
     python benchmarks/symmetry.py [--sets S ...] [--tasks T ...] [--models M ...]
         [--priors P ...] [--seeds N ...] [--n-train N] [--parameters JSON] [--mnist PATH]
-        [--threads N] [--output PATH] [--page PATH] [--report]
+        [--threads N] [--output PATH] [--page PATH]
+        [--summary PATH] [--report]
 
 What is there already is left out; several processes may write to one file. `--report` fits nothing.
 MNIST comes from an npz file with X_train, X_test of the shape (n, 1, 28, 28) from 0 to 255 and
@@ -40,7 +41,7 @@ from sklearn.base import clone
 from sklearn.datasets import fetch_openml, load_digits
 from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from symmetry_tables import ALL, SETS, Cell, Fits, report
+from symmetry_tables import ALL, SETS, Cell, Fits, report, summary
 from torch.nn import functional
 
 from sklearn_softeq import SoftEquivariantClassifier
@@ -248,6 +249,7 @@ def measured(clf: SoftEquivariantClassifier, X_train, y_train, X_test, y_test) -
         "linear_term": round(clf.evidence_linear_term_, 4),
         "shifts": rounded([*shifts.layers, shifts.logits]),
         "turns": rounded([*turns.layers, turns.logits]),
+        "start": clf.start_,
         "trials": {name: round(score, 3) for name, score in clf.symmetry_trials_.items()},
         "pathways": clf.pathway_names_,
         "effective_dimensions": rounded(clf.effective_dimensions_, 2),
@@ -279,6 +281,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
     parser.add_argument("--output", default=OUTPUT, help="where results go (beside this file)")
     parser.add_argument("--page", type=Path, help="page to write the tables to")
+    parser.add_argument("--summary", type=Path, help="page to write what they say together to")
     parser.add_argument("--report", action="store_true", help="tables of what is there, no fits")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -304,3 +307,11 @@ if __name__ == "__main__":
     print(f"\n{text}")
     if options.page is not None:
         options.page.write_text(replaced(options.page.read_text(), text, BEGIN, END))
+    if options.summary is not None:
+        page = options.summary.read_text()
+        for name, section in summary(cells).items():
+            begin, end = (
+                line.replace("symmetry.py", f"symmetry.py, {name}") for line in (BEGIN, END)
+            )
+            page = replaced(page, section, begin, end)
+        options.summary.write_text(page)

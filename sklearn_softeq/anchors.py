@@ -81,7 +81,8 @@ class Interpolation(nn.Module):
         shape = (self.n_anchors, math.prod(grid))
         self._tangent: tuple[float, torch.Tensor] | None = None  # for one ω, when asked for
         self.register_buffer("log_omega", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("matrix", torch.empty(shape))
+        # It follows from log ω, and is larger than the weights that it interpolates.
+        self.register_buffer("matrix", torch.empty(shape), persistent=False)
         if not self.matrix.is_meta:
             self.set_log_omega(0.0)
 
@@ -96,6 +97,12 @@ class Interpolation(nn.Module):
         if self.matrix.dtype != before and not self.matrix.is_meta:
             self.set_log_omega(self.log_omega.item())
         return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        before = self.log_omega.item()
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.log_omega.item() != before:
+            self.set_log_omega(self.log_omega.item())
 
     @torch.no_grad()
     def set_log_omega(self, value: float) -> None:

@@ -222,7 +222,7 @@ class Assembly:
                 samples=clf.curvature_samples,
                 subset=clf.curvature_subset,
                 kfac=clf.kfac,
-                every=clf.evidence_every,
+                every=1 if endless else clf.evidence_every,  # one ends each call of partial_fit
                 lengthscales=learn_lengthscale,
             ),
             seed=self.seeds.curvature,

@@ -151,7 +151,7 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Codes of the targets, which tell equal ones, and what they are codes of.
 
-        Rows that are not present have no weight, and are not to leave a trace.
+        Rows that are not present have no weight, and leave no trace but the name of a class.
         """
         raise NotImplementedError
 
@@ -488,8 +488,8 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
             further = "" if self.checkpoint_dir is None else " To go on with it, call fit again."
             warn(
                 f"An interrupt (Ctrl-C) broke off training in epoch {self.net_.interrupted_} of at "
-                f"most {self.max_epochs}. The model is fitted with the state of the last evidence "
-                f"before it.{further}",
+                f"most {self.max_epochs}. The model is fitted with {self.net_.kept_}."
+                f"{further}",
             )
             return
         if self.net_.course.capped and joined(self.device_).rank == 0:

@@ -61,6 +61,9 @@ OTHER = (
     *("predictive_samples", "predictive_temperature"),
 )
 
+#: Largest integer of an array.
+INT_MAX = 2**63 - 1
+
 #: Entries of an identity that are digests and say nothing to a reader.
 DIGESTS = ("X", "y", "sample_weight", "the model to go on from")
 
@@ -89,7 +92,7 @@ def snapshot(net: SoftEquivariantNet) -> dict[str, Any]:
         "noise": net.criterion_.log_hyperparameters(),
         "optimizer": _optimizer_state(net.optimizer_, names),
         "decays": [(names[id(p)], *rest) for p, *rest in net.decay_] if training else None,
-        "history": _plain_columns(net.history),
+        "history": columns(net.history),
         "course": {
             "start": plain_start(course.start),
             "rate": asdict(course.rate),
@@ -99,12 +102,13 @@ def snapshot(net: SoftEquivariantNet) -> dict[str, Any]:
             "capped": course.capped,
             "spare_starts": course.spare_starts,
             "mean": vars(course.mean),
-            "best": None if course.best is None else _plain_best(*course.best),
+            "best": None if course.best is None else (course.best[0], _plain_state(course.best[1])),
         },
         "evidence": {
             "burn_in": evidence.burn_in,
             "ramp": evidence.ramp,
             "ramp_from": evidence.ramp_from,
+            "state": None if evidence.state is None else _plain_state(evidence.state),
             "slopes": evidence._slopes,
             "mean": vars(evidence._mean),
             "traces": _summed_traces(net) if training else None,
@@ -137,6 +141,7 @@ def restore(net: SoftEquivariantNet, state: Mapping[str, Any]) -> None:
     evidence, found = course.evidence, state["evidence"]
     evidence.burn_in = found["burn_in"]
     evidence.ramp, evidence.ramp_from = found["ramp"], found["ramp_from"]
+    evidence.state = found["state"]
     evidence._slopes, evidence._mean = found["slopes"], _mean(found["mean"], device)
     if found["traces"] is not None:
         # They are sums over processes, of which one has them from now on.
@@ -148,8 +153,8 @@ def restore(net: SoftEquivariantNet, state: Mapping[str, Any]) -> None:
         generator.set_state(numbers)
 
 
-def _plain_best(figure: float, state: State) -> tuple[float, State]:
-    return figure, (dict(state[0]), dict(state[1]), state[2])
+def _plain_state(state: State) -> State:
+    return dict(state[0]), dict(state[1]), state[2]
 
 
 def _mean(found: Mapping[str, Any], device: torch.device) -> WeightMean:
@@ -230,33 +235,47 @@ def start_from(found: Mapping[str, Any] | None) -> Start:
 
 
 def columns(history: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures of the epochs by name, with the rows that have them; not those of batches."""
-    listed = list(history)
-    names = dict.fromkeys(name for row in listed for name in row if name != "batches")
-    places = {name: [i for i, row in enumerate(listed) if name in row] for name in names}
+    """What the epochs have noted, by name, with the rows that have it; not that of batches.
+
+    Of what a user's callbacks have noted numbers and strings only: others may not be saved.
+    """
+    listed = [{name: _plain(value, name) for name, value in row.items()} for row in history]
+    noted: dict[str, dict[int, Any]] = {}
+    for i, row in enumerate(listed):
+        for name, value in row.items():
+            if value is not None:
+                noted.setdefault(name, {})[i] = value
     return {
         "n_epochs": len(listed),
         "figures": {
-            name: (np.array(where), np.array([listed[i][name] for i in where]))
-            for name, where in places.items()
+            name: (np.array(list(by_row)), _column(list(by_row.values())))
+            for name, by_row in noted.items()
         },
     }
 
 
-def _plain_columns(history: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The same without what a user's callbacks have noted that is neither number nor string."""
-    plain = (bool, int, float, str, np.generic)
-    return columns(
-        {k: v for k, v in row.items() if isinstance(v, plain) or k == "event_noise"}
-        for row in history
-    )
+def _plain(value: Any, name: str) -> Any:
+    """A value that can be written, None for others."""
+    if name == "event_noise":  # ours: a list of as many numbers in each epoch
+        return value
+    if isinstance(value, np.generic):
+        value = value.item()
+    # Of classes derived from these more than the value would be written.
+    return value if type(value) in (bool, int, float, str) else None
+
+
+def _column(values: list[Any]) -> np.ndarray | list[Any]:
+    """An array of values of one type, or a list: an array would make them all of one."""
+    large = any(type(value) is int and abs(value) > INT_MAX for value in values)
+    return values if len({type(value) for value in values}) > 1 or large else np.array(values)
 
 
 def rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The epochs of :func:`columns`."""
     found: list[dict[str, Any]] = [{"batches": []} for _ in range(columns["n_epochs"])]
     for name, (where, values) in columns["figures"].items():
-        for i, value in zip(np.asarray(where).tolist(), np.asarray(values).tolist(), strict=True):
+        values = values if isinstance(values, list) else np.asarray(values).tolist()
+        for i, value in zip(np.asarray(where).tolist(), values, strict=True):
             found[i][name] = value
     return found
 

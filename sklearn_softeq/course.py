@@ -17,7 +17,6 @@ from .batches import TrainingData
 from .budget import EXACT_COLUMNS, CurvaturePlan, rows_of_a_pass
 from .curvature import Estimator, input_factors, kronecker_factors
 from .hyperparameters import squared_norms
-from .kfac import KFAC
 from .kronecker import Factor, UnsolvedError, decomposed, spectra
 from .marginal_likelihood import Evidence, LaplaceEvidence, LengthscaleSolver, Solver
 from .schedules import (
@@ -322,9 +321,7 @@ class EvidenceStep(Callback):
             if self.learns_prior and not net.course.rate.cooling:
                 scales.update(fix_gauge(net.module_, net.prior_))
             self.state = state_of(net)
-        if isinstance(net.optimizer_, KFAC):
-            tensors = dict(net.module_.named_parameters())
-            net.optimizer_.rescale({tensors[name]: c for name, c in scales.items()})
+        net.follow(scales)
         net.update_decay()
 
     def _record(self, net: SoftEquivariantNet) -> None:
@@ -617,24 +614,29 @@ class Course(Callback):
         evidence.forget_data()
         log_precision = net.log_hyperparameters()
         net.linear_term_ = last.linear_term(net.log_joint_gradients(), log_precision)
-        net.laplace_ = last if self.keeps_curvature else replace(last, factors={})
+        net.laplace_ = last if self.keeps_curvature else last.without_curvature()
 
-    def broken_off(self, net: SoftEquivariantNet) -> bool:
-        """Bring back the state of the last evidence, to end with; whether there is one to keep.
+    def broken_off(self, net: SoftEquivariantNet) -> str | None:
+        """Bring back the state of the last evidence, to end with; what is kept, in words.
 
-        There is none before the first one is over, and in single epochs. If it was that of the
-        burn-in, or evidences are not computed, present weights are what there is.
+        There is nothing before the first one is over, and in single epochs. If it was that of the
+        burn-in, or evidences are not computed, present weights are what there is. Once the rate has
+        begun to fall the mean of the weights since then takes their place.
         """
         complete = sum("train_loss" in row for row in net.history)
         if self.endless or self.holding or complete < self.evidence.burn_in:
-            return False
+            return None
+        kept = "the weights of that moment"
         if self.evidence.state is not None:
+            kept = "the state of the last evidence before it"
             layers = net.module_.layers.values()
             gone = [(b, name) for b in layers for name in b.pathways if b.removed(name)]
             restore(net, self.evidence.state)
             for block, name in gone:  # by what that evidence said
                 block.remove(name)
-        return True
+        if self.mean.count:
+            kept = "the mean of the weights since the learning rate began to fall"
+        return kept
 
     def _average(self, net: SoftEquivariantNet) -> None:
         """Take the mean weights of the cool-down; with a learned prior, no surer than may be."""

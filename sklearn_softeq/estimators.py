@@ -218,9 +218,10 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         ``lr_schedule="constant"``.
     checkpoint_dir : str or path-like, default=None
         Folder in which ``fit`` keeps its state while it trains. After a crash the same call goes on
-        from the last state that is complete, and ends as it would have ended; when it is over, the
-        same call returns at once. The folder holds one fit: other data or parameters are refused,
-        with what differs; callbacks do not count, a function counts with its code. Of a clone, as
+        from the last state that is complete, and ends as it would have ended (but for what
+        callbacks of your own remember, as a scheduler does); when it is over, the same call returns
+        at once. The folder holds one fit: other data or parameters are refused, with what differs;
+        callbacks do not count, a function counts with its code. Of a clone, as
         searches, cross-validation and ensembles make them, each fit has a sub-folder, named after
         its data and parameters, so that nothing has to be set for them. "~" is the user's home.
         None: no file is written; ``partial_fit`` never writes any.

@@ -16,6 +16,7 @@ from .devices import full_precision
 __all__ = [
     "LARGEST_INVERTED",
     "TOGETHER",
+    "Eigenbases",
     "Eigenbasis",
     "Factor",
     "Kronecker",
@@ -172,7 +173,9 @@ class Kronecker:
         return torch.block_diag(*(torch.kron(a, g) for a, g in sides))
 
     @full_precision()
-    def inverse_form(self, vector: torch.Tensor, precision: float) -> float:
+    def inverse_form(
+        self, vector: torch.Tensor, precision: float, bases: "Eigenbases | None" = None
+    ) -> float:
         """gᵀ (H + δ)⁻¹ g, in float64, block by block.
 
         Parameters
@@ -181,17 +184,21 @@ class Kronecker:
             g, of the shape (B, d_out, d_in) of the weights or with as many entries.
         precision : float
             δ.
+        bases : Eigenbases, optional
+            Those that have been found; default: none yet.
         """
-        sides = list(zip(_blocks(self.left), _blocks(self.right), strict=True))
+        basis_of = Eigenbases() if bases is None else bases
+        left, right = basis_of(self.left), basis_of(self.right)
+        sides = zip(left.values, left.vectors, right.values, right.vectors, strict=True)
         total = vector.new_zeros((), dtype=torch.float64)
-        for (a, g), part in zip(sides, vector.flatten().chunk(len(sides)), strict=True):
-            (left, p), (right, q) = _eigenvectors(a), _eigenvectors(g)
+        parts = vector.flatten().chunk(len(left.values))
+        for (a, p, g, q), part in zip(sides, parts, strict=True):
             part = part.double().view(len(q), len(p))  # (d_out, d_in)
             squares = (q.T @ part @ p).square()
             # What lies in neither space of eigenvectors has the eigenvalue 0.
             rest = (part.square().sum() - squares.sum()).clamp_min(0.0) / precision
             # Eq. linear term
-            total += (squares / (right[:, None] * left + precision)).sum() + rest
+            total += (squares / (g[:, None] * a + precision)).sum() + rest
         return total.item()
 
 
@@ -281,6 +288,20 @@ def eigenbasis(factor: Factor) -> Eigenbasis:
     for b, (some, columns) in enumerate(found):
         values[b, : len(some)], vectors[b, :, : len(some)] = some, columns
     return Eigenbasis(values, vectors)
+
+
+class Eigenbases:
+    """Eigenbases of factors, each found once, however many tensors and questions share it."""
+
+    def __init__(self) -> None:
+        # With the factors themselves: an identity means nothing once its factor is gone.
+        self._known: dict[int, tuple[Factor, Eigenbasis]] = {}
+
+    def __call__(self, factor: Factor) -> Eigenbasis:
+        """As from :func:`eigenbasis`."""
+        if id(factor) not in self._known:
+            self._known[id(factor)] = (factor, eigenbasis(factor))
+        return self._known[id(factor)][1]
 
 
 @full_precision()

@@ -16,7 +16,7 @@ proportion to them, and in a linear model, where the G_k have eigenvectors in co
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ import torch
 
 from .anchors import LOG_OMEGA_BOUNDS
 from .hyperparameters import LOG_PRECISION_BOUNDS
-from .kronecker import Kronecker, Spectrum
+from .kronecker import Eigenbases, Kronecker, Spectrum
 from .likelihoods import Noise
 
 __all__ = [
@@ -84,6 +84,8 @@ class LaplaceEvidence:
     noise : Noise, optional
         Those that are learned, and at which all of this was found. The vectors of log precisions
         have their log β as last entries then.
+    bases : Eigenbases, optional
+        Those of the factors of the curvature that have been found.
     """
 
     log_likelihood: float
@@ -95,6 +97,11 @@ class LaplaceEvidence:
     slopes: Mapping[str, float] = field(default_factory=dict)
     factors: Mapping[str, Kronecker] = field(default_factory=dict)
     noise: Noise | None = None
+    bases: Eigenbases = field(default_factory=Eigenbases)
+
+    def without_curvature(self) -> "LaplaceEvidence":
+        """The same without what only :meth:`linear_term` needs, which is large."""
+        return replace(self, factors={}, bases=Eigenbases())
 
     def evidence(self, log_precision: torch.Tensor) -> Evidence:
         """The estimate and its terms at a vector of log precisions."""
@@ -127,10 +134,11 @@ class LaplaceEvidence:
             log δ, at which these gradients were taken.
         """
         precisions, rise = log_precision.exp(), self._common_rise(log_precision)
-        return 0.5 * sum(
-            factor.inverse_form(gradients[name], precisions[self.index[name]].item() / rise) / rise
-            for name, factor in self.factors.items()
-        )  # Eq. linear term
+        found = 0.0
+        for name, factor in self.factors.items():
+            precision = precisions[self.index[name]].item() / rise
+            found += factor.inverse_form(gradients[name], precision, self.bases) / rise
+        return 0.5 * found  # Eq. linear term
 
     def balance(self, log_precision: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """c γ, with c the charge, and ‖w‖² of each entry; zero for tensors that are not in use.

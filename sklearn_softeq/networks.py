@@ -221,7 +221,8 @@ def build_network(
     dtype : torch.dtype
         Of the weights.
     to_train : bool, default=True
-        Refuse a network whose training would not fit into memory.
+        Refuse a network whose training would not fit into memory, and draw its start. False: its
+        weights are still to come.
     generator : torch.Generator, optional
         Source of the start, on the CPU; default: torch's global one.
 
@@ -257,9 +258,10 @@ def build_network(
             sketch = plan.network(channels, n_outputs)
         _check_memory(sketch, dtype.itemsize)
     network = plan.network(channels, n_outputs).to(dtype)
-    for module in network.modules():
-        if isinstance(module, Pathway):
-            module.reset(generator)
+    if to_train:
+        for module in network.modules():
+            if isinstance(module, Pathway):
+                module.reset(generator)
     return network
 
 

@@ -72,7 +72,7 @@ def unpacked(state: Mapping[str, Any], clf: Any) -> SoftEquivariantNet:
     inputs = torch.empty(0, *clf.image_shape_, dtype=getattr(torch, state["dtype"]))
     no_rows = TrainingData(inputs, torch.empty(0), torch.empty(0), clf.n_observations_)
     course = state["course"]
-    # Training it further builds another net, and asks for its memory then.
+    # A further fit builds another net, and asks for its memory then.
     net = Assembly(owner, no_rows, Seeds(*state["seeds"]), to_train=False).resumed(
         start_from(course["start"]), course["holding"], course["endless"]
     )

@@ -29,7 +29,7 @@ from torch import nn
 
 from .curvature import pull_back, watched
 from .devices import full_precision
-from .kronecker import Eigenbasis, Kronecker, eigenbasis
+from .kronecker import Eigenbases, Eigenbasis, Kronecker
 from .layers import SharedLinear, in_blocks
 
 __all__ = ["Posterior", "output_covariance", "rows_of_a_prediction"]
@@ -94,6 +94,7 @@ class Posterior:
         factors: Mapping[str, Kronecker],
         precisions: Mapping[str, float],
         dtype: torch.dtype,
+        bases: Eigenbases | None = None,
     ) -> "Posterior":
         """The posterior from the curvature of each tensor in use, and δ.
 
@@ -105,21 +106,24 @@ class Posterior:
             δ.
         dtype : torch.dtype
             To keep it in, that of the network; it is computed in float64.
+        bases : Eigenbases, optional
+            Those of the factors that have been found; default: none yet.
         """
+        basis_of = Eigenbases() if bases is None else bases
         places: dict[int, int] = {}
-        bases: list[Eigenbasis] = []
+        kept: list[Eigenbasis] = []
 
         def place(factor) -> int:
             if id(factor) not in places:
-                places[id(factor)] = len(bases)
-                found = eigenbasis(factor)
-                bases.append(Eigenbasis(found.values.to(dtype), found.vectors.to(dtype)))
+                places[id(factor)] = len(kept)
+                found = basis_of(factor)
+                kept.append(Eigenbasis(found.values.to(dtype), found.vectors.to(dtype)))
             return places[id(factor)]
 
         places_of = {name: (place(k.left), place(k.right)) for name, k in factors.items()}
         shares = _shares(
             {
-                name: (_products(bases[left], bases[right]).double(), precisions[name])
+                name: (_products(kept[left], kept[right]).double(), precisions[name])
                 for name, (left, right) in places_of.items()
             }
         )
@@ -127,7 +131,7 @@ class Posterior:
             name: _Tensor(*found, precisions[name], shares[name].to(dtype))
             for name, found in places_of.items()
         }
-        return cls(tuple(bases), tensors)
+        return cls(tuple(kept), tensors)
 
     def __repr__(self) -> str:
         return f"Posterior({len(self.tensors)} tensors, {self.nbytes / 1e6:.3g} MB)"

@@ -245,8 +245,10 @@ def log_odds(outputs: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(outputs), dtype=outputs.dtype)
     if n_classes == 2:
         return outputs[:, 1] - outputs[:, 0]
-    odds = []
-    for k in range(n_classes):
-        others = torch.cat([outputs[:, :k], outputs[:, k + 1 :]], 1)
-        odds.append(outputs[:, k] - others.logsumexp(1))  # Eq. log odds
-    return torch.stack(odds, 1)
+    log_p = outputs.log_softmax(1)
+    largest = log_p.argmax(1, keepdim=True)
+    # Where p ≤ ½ its complement is exact to the last digits; of the largest one it is the sum of
+    # the others.
+    others = log_p.scatter(1, largest, -torch.inf).logsumexp(1, keepdim=True)
+    complement = torch.log1p(-log_p.exp()).scatter(1, largest, others)
+    return log_p - complement  # Eq. log odds

@@ -89,7 +89,10 @@ class FitTasks(Callback):
 
 
 class ProgressLine(Callback):
-    """Prints a line at each evaluation; to stand before the course among the callbacks.
+    """Prints a line at each evaluation.
+
+    It stands before the course among the callbacks, so that a line says what was on when the
+    evidence was computed, not what has been released or removed since.
 
     Parameters
     ----------
@@ -101,20 +104,26 @@ class ProgressLine(Callback):
         self.unit = unit
 
     def on_train_begin(self, net, **kwargs):
+        self._known: tuple[str, int] | None = None
         evidence = net.course.evidence
-        self._start, self._spare = net.course.start.name, net.course.spare_starts
         if evidence.steps and not net.history and net.processes_.rank == 0:
             print(f"curvature: {evidence.chosen.describe(len(net.data_))}")
+
+    def on_epoch_begin(self, net, **kwargs):
+        # Not as training begins: a fit that goes on finds its state after that.
+        if self._known is None:
+            self._known = net.course.start.name, net.course.spare_starts
 
     def on_epoch_end(self, net, **kwargs):
         course, epoch, last = net.course, len(net.history), net.history[-1]
         if not course.evidence.due(epoch) or net.processes_.rank > 0:
             return
-        if course.start.name != self._start:
-            self._start = course.start.name
-            print(f"start: {self._start}, anew, as the symmetric pathways had learnt too little")
-        if course.spare_starts != self._spare:
-            self._spare = course.spare_starts
+        name, spare = self._known
+        self._known = course.start.name, course.spare_starts
+        if course.start.name != name:
+            now = course.start.name
+            print(f"start: {now}, anew, as the symmetric pathways had learnt too little")
+        if course.spare_starts != spare:
             print("start: other random weights, as the first had learnt too little")
         cap = "" if course.endless else f"/{net.max_epochs}"
         line = f"epoch {epoch}{cap}: loss {last['train_loss']:.4f}"

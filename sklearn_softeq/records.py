@@ -158,6 +158,8 @@ def _parts(tree: Any) -> list[Any]:
 def _tensor(array: np.ndarray) -> torch.Tensor:
     """An array in one of the types that there are."""
     kind = {"b": np.bool_, "i": np.int64, "u": np.int64, "f": np.float64}.get(array.dtype.kind)
+    if array.dtype == np.float32:
+        kind = np.float32
     if kind is None:
         raise TypeError(f"Arrays of {array.dtype} are not written.")
     return torch.from_numpy(np.array(array, dtype=kind))

@@ -99,6 +99,7 @@ class SoftEquivariantNet(NeuralNet):
     processes_ = ALONE  # but for the time of training
     ends_on_interrupt_ = False  #: whether an interrupt ends training, if there is a state to keep
     interrupted_ = 0  #: the epoch in which it did
+    kept_: str | None = None  #: and what training ended with then, in words
     criterion_: Any  # the likelihood, a value
     compiled_: Callable | None = None
     origin: tuple[dict[str, Any], tuple]  #: parameters and seeds of the estimator it was built for
@@ -213,10 +214,29 @@ class SoftEquivariantNet(NeuralNet):
             return
         if isinstance(self.optimizer_, KFAC):
             self.optimizer_.sharpen(rise)
-        powers = {"exp_avg": 1, "exp_avg_sq": 2, "momentum_buffer": 1}
         for state in self.optimizer_.state.values():
-            for name in powers.keys() & state.keys():
-                state[name].mul_(rise ** powers[name])
+            self._multiply_moments(state, rise)
+
+    def follow(self, scales: Mapping[str, float]) -> None:
+        """Let what the optimizer remembers follow tensors that were multiplied by numbers.
+
+        Gradients are divided by the same numbers; the steps that K-FAC remembers are multiplied.
+        """
+        tensors = dict(self.module_.named_parameters())
+        by_tensor = {tensors[name]: scale for name, scale in scales.items()}
+        if isinstance(self.optimizer_, KFAC):
+            self.optimizer_.rescale(by_tensor)
+            return
+        for tensor, scale in by_tensor.items():
+            self._multiply_moments(self.optimizer_.state.get(tensor, {}), 1.0 / scale)
+
+    @staticmethod
+    def _multiply_moments(state: dict[str, Any], factor: float) -> None:
+        """As if all gradients of a tensor had been multiplied."""
+        powers = {"exp_avg": 1, "exp_avg_sq": 2, "momentum_buffer": 1}
+        for name in powers.keys() & state.keys():
+            if state[name] is not None:
+                state[name].mul_(factor ** powers[name])
 
     def discard(self, pathways: Iterable[tuple[str, str]]) -> None:
         """Take pathways out, given by layer and name, with their precisions and moments."""
@@ -263,7 +283,8 @@ class SoftEquivariantNet(NeuralNet):
         except KeyboardInterrupt:
             # Of several processes each would be broken off in another place.
             possible = self.ends_on_interrupt_ and self.processes_.size == 1
-            if not possible or not self.course.broken_off(self):
+            self.kept_ = self.course.broken_off(self) if possible else None
+            if self.kept_ is None:
                 raise
             self.interrupted_ = len(self.history)
 
@@ -461,8 +482,9 @@ class SoftEquivariantNet(NeuralNet):
         }
         if self.course.keeps_curvature:
             dtype = next(self.module_.parameters()).dtype
-            factors, precisions = laplace.factors, self.prior_.precisions()
-            found["posterior"] = Posterior.from_curvature(factors, precisions, dtype).packed()
+            found["posterior"] = Posterior.from_curvature(
+                laplace.factors, self.prior_.precisions(), dtype, laplace.bases
+            ).packed()
         del self.laplace_, self.linear_term_
         return found
 

@@ -271,6 +271,18 @@ def test_a_state_travels_with_its_omega():
     assert torch.equal(other.matrix, found.matrix)
     assert torch.equal(other.tangent(), found.tangent())
     assert not torch.equal(other.tangent(), before)
+    assert list(found.state_dict()) == ["log_omega"]  # of which all else is made
+
+
+def test_a_state_of_less_digits_has_all_of_its_own(solved):
+    found, other = Interpolation((4, 4), 0.5), Interpolation((4, 4), 0.5).double()
+    found.set_log_omega(-0.4)
+    other.load_state_dict(found.float().state_dict())
+    expected = interpolation((4, 4), 8, -0.4)
+    torch.testing.assert_close(other.matrix, expected, atol=1e-12, rtol=1e-12)
+    before = len(solved)
+    other.load_state_dict(found.state_dict())  # the same ω
+    assert len(solved) == before
 
 
 def test_without_memory_nothing_is_solved(solved):

@@ -220,7 +220,7 @@ def test_selectors_are_judged_by_pairs_and_regret(benchmark):
 def test_what_selectors_say(benchmark):
     selection = benchmark("selection")
     whole = {"log_evidence": -1.0, "linear_term": 0.5, "nll": 0.3}
-    fold = {"log_likelihood": -20.0, "n_rows": 40, "nll": 0.4}
+    fold = {"log_likelihood": -20.0, "n_rows": 40, "nll": 0.4, "of_fewer": {"10": -0.7}}
     last = {"log_likelihood": -30.0, "n_rows": 10, "nll": 0.5}
     found = selection.opinions_of(whole, {0: fold}, None)
     assert found == {
@@ -228,6 +228,7 @@ def test_what_selectors_say(benchmark):
         "evidence, linear term": (-0.5, 0.3),
         "hold-out": (-0.5, 0.3),
         "hold-out, its own network": (-0.5, 0.4),
+        "10 rows of the hold-out": (-0.7, 0.3),
     }
     mode = {"log_evidence": -2.0, "linear_term": 0.0, "nll": 0.6}
     found = selection.opinions_of(whole, {**dict.fromkeys(range(4), fold), 4: last}, mode)
@@ -279,3 +280,23 @@ def test_report_has_a_table_of_each_cell(benchmark):
     assert row["lowest log δ of them"] == "1.5"
     assert text.count("so far yes") == 2  # all seeds, and those from 5 on
     assert text.endswith("Fits by states of the code: 10 by not recorded.")
+    for section in tables.summary({("digits", "digit"): fits}).values():
+        assert section in text
+
+
+def test_seconds_of_fits_tell_all_pathways_from_one(benchmark):
+    tables = benchmark("symmetry_tables")
+
+    def fits(seconds, epochs):
+        pairs = enumerate(zip(seconds, epochs, strict=True))
+        return {seed: {"seconds": s, "epochs": e} for seed, (s, e) in pairs}
+
+    cell = {
+        ("conv", "learned"): fits([10.0, 20.0], [400, 100]),
+        ("all", "learned"): fits([70.0, 70.0], [100, 300]),
+        ("all", "MAP"): fits([1.0], [400]),
+    }
+    assert (
+        "one or two pathways 10 to 20 s (50 % at the cap); with all pathways 70 to 70 s (0 %"
+        in (" ".join(tables.seconds_of_fits({("digits", "digit"): cell}).split()))
+    )

@@ -607,6 +607,19 @@ def test_what_makes_no_difference_is_let_pass(changes, data, tmp_path, capsys):
     assert ("goes on after epoch 3" in capsys.readouterr().out) == ("verbose" in changes)
 
 
+def test_a_fit_that_goes_on_tells_of_no_start_that_was_not(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(course, "LEARNT", -1.0)  # whatever has been learnt is enough
+    settings = {**SHORT, "pathways": "conv", "burn_in": 2, "verbose": 1}
+    clf = SoftEquivariantClassifier(**settings, checkpoint_dir=tmp_path)
+    broken_off(clf, data, 5)
+    clf.fit(*data)
+    assert clf.net_.course.spare_starts > 0
+    before, after = capsys.readouterr().out.split("goes on after epoch 5")
+    assert "epoch 4" in before
+    assert "epoch 8" in after
+    assert "start:" not in before + after
+
+
 def test_one_pathway_and_image_shapes_in_any_form(data, tmp_path, capsys):
     clf = SoftEquivariantClassifier(**SHORT, checkpoint_dir=tmp_path, verbose=1)
     broken_off(clf.set_params(pathways="conv", image_shape=(1, 4, 4)), data, 3)
@@ -915,6 +928,55 @@ def test_history_there_and_back():
         {"epoch": 1, "a": 0.5, "batches": []},
         {"epoch": 2, "batches": []},
     ]
+
+
+class Notes(Callback):
+    """Notes of each epoch what can be saved and what cannot, and other things in each."""
+
+    def on_epoch_end(self, net, **kwargs):
+        epoch = len(net.history)
+        noted = {
+            "figure": np.float32(0.5),
+            "mixed": epoch if epoch % 2 else "even",
+            "flag": epoch > 3,
+            "huge": 2**70,
+            "gradients": [0.0] * epoch,
+            "day": np.datetime64("2020-01-01"),
+            "root": np.complex64(1j),
+            "own": type("Name", (str,), {})("a"),
+            "nothing": None,
+        }
+        for name, value in noted.items():
+            net.history.record(name, value)
+
+
+def test_whatever_callbacks_note_a_fit_is_kept_on_disk_and_can_be_saved(data, tmp_path):
+    settings = {**SHORT, "checkpoint_dir": tmp_path}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        clf = SoftEquivariantClassifier(**settings, callbacks=[Notes()]).fit(*data)
+    for found in (
+        pickle.loads(pickle.dumps(clf)),
+        SoftEquivariantClassifier(**settings).fit(*data),  # from disk
+    ):
+        first, second = found.net_.history[:2]
+        expected = {"figure": 0.5, "mixed": 1, "flag": False, "huge": 2**70}
+        assert {name: first[name] for name in expected} == expected
+        assert [type(first[name]) for name in expected] == [float, int, bool, int]
+        assert second["mixed"] == "even"
+        assert not {"gradients", "day", "root", "own", "nothing"} & first.keys()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_posterior_comes_back_from_disk_in_the_precision_of_the_network(dtype, data, tmp_path):
+    settings = {**SHORT, "max_epochs": 6, "predictive": "laplace", "dtype": dtype}
+    clf = SoftEquivariantClassifier(**settings, checkpoint_dir=tmp_path).fit(*data)
+    again = SoftEquivariantClassifier(**settings, checkpoint_dir=tmp_path).fit(*data)
+    np.testing.assert_array_equal(again.predict_proba(data[0]), clf.predict_proba(data[0]))
+    for found, expected in zip(again.posterior_.bases, clf.posterior_.bases, strict=True):
+        assert found.values.dtype == getattr(torch, dtype)
+        assert torch.equal(found.vectors, expected.vectors)
 
 
 # ── in processes of their own

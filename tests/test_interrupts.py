@@ -1,5 +1,6 @@
 """Ctrl-C: a single fit keeps what it has, a search stops."""
 
+import math
 import os
 import pickle
 import signal
@@ -18,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from skorch.callbacks import Callback
 
-from sklearn_softeq import SoftEquivariantClassifier
+from sklearn_softeq import SoftEquivariantClassifier, checkpoint
 from sklearn_softeq.course import EvidenceStep
 from sklearn_softeq.processes import Processes
 from sklearn_softeq.training import SoftEquivariantNet
@@ -118,7 +119,8 @@ def test_every_attribute_is_that_of_a_fitted_model(digits, ctrl_c):
 def test_in_the_cooldown_the_mean_of_its_weights_is_kept(digits, ctrl_c):
     ctrl_c(23)
     clf = SoftEquivariantClassifier(**SHORT)
-    interrupted(clf, digits)
+    message = interrupted(clf, digits)
+    assert "with the mean of the weights since the learning rate began to fall." in message
     assert clf.net_.course.rate.cooling
     assert clf.net_.course.mean.count == 0  # it was taken
     assert np.isfinite(clf.log_marginal_likelihood_value_)
@@ -127,7 +129,7 @@ def test_in_the_cooldown_the_mean_of_its_weights_is_kept(digits, ctrl_c):
 def test_without_evidences_the_present_weights_are_kept(digits, ctrl_c):
     ctrl_c(12)
     clf = SoftEquivariantClassifier(**SHORT, learn_prior=False)
-    interrupted(clf, digits)
+    assert "with the weights of that moment." in interrupted(clf, digits)
     assert clf.n_iter_ == 11
     assert clf.scores_.shape == (1,)
 
@@ -337,6 +339,30 @@ def test_a_fit_that_was_broken_off_goes_on_from_its_files(digits, ctrl_c, tmp_pa
     clf.fit(*digits)
     assert clf.n_iter_ == whole.n_iter_
     np.testing.assert_array_equal(clf.predict_proba(digits[0]), whole.predict_proba(digits[0]))
+
+
+class Crash(Callback):
+    """The process dies at the beginning of an epoch."""
+
+    def on_epoch_begin(self, net, **kwargs):
+        if len(net.history) == 13:
+            raise RuntimeError("dies")
+
+
+def test_what_is_kept_is_in_the_files_too(digits, ctrl_c, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARE", math.inf)  # after each epoch
+    settings = {**SHORT, "lr_schedule": "constant", "evidence_every": 3}
+    clf = SoftEquivariantClassifier(**settings, checkpoint_dir=tmp_path, callbacks=[Crash()])
+    with pytest.raises(RuntimeError, match="dies"):
+        clf.fit(*digits)  # between evidences, after epochs 11 and 14
+    ctrl_c(14)
+    expected = SoftEquivariantClassifier(**settings)
+    assert "state of the last evidence" in interrupted(expected, digits)
+    ctrl_c(14)
+    assert "state of the last evidence" in interrupted(clf.set_params(callbacks=None), digits)
+    assert 11 in clf.history_["epoch"]
+    assert 14 not in clf.history_["epoch"]
+    np.testing.assert_array_equal(clf.predict_proba(digits[0]), expected.predict_proba(digits[0]))
 
 
 SCRIPT = """

@@ -8,6 +8,7 @@ from references import close
 
 from sklearn_softeq import kronecker
 from sklearn_softeq.kronecker import (
+    Eigenbases,
     Kronecker,
     Root,
     UnsolvedError,
@@ -80,6 +81,21 @@ def test_inverse_form_against_the_dense_matrix(shape, delta, rank):
     expected = pytest.approx(solved(kron, weights, delta), rel=1e-9)
     assert kron.inverse_form(weights, delta) == expected
     assert kron.inverse_form(weights.flatten(), delta) == expected
+
+
+def test_a_factor_that_two_share_is_decomposed_once(monkeypatch):
+    kron = matrix((2, 3, 4))
+    bias = Kronecker(torch.ones(2, 1, 1, dtype=torch.float64), kron.right)
+    bases, found = Eigenbases(), []
+    monkeypatch.setattr(
+        kronecker, "eigenbasis", lambda factor: found.append(factor) or eigenbasis(factor)
+    )
+    for _ in range(2):
+        for one, n_weights in ((kron, 24), (bias, 8)):
+            vector = torch.ones(n_weights, dtype=torch.float64)
+            assert one.inverse_form(vector, 0.3, bases) == one.inverse_form(vector, 0.3)
+    assert sum(factor is kron.right for factor in found) == 1 + 4
+    assert bases(kron.right) is bases(kron.right)
 
 
 def test_a_matrix_is_its_own_dense_form():

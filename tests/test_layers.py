@@ -389,17 +389,25 @@ def test_both_orders_are_the_same_and_the_cheaper_one_is_taken(n, grid, channels
     torch.testing.assert_close(outputs, alone, atol=1e-12, rtol=1e-10)
 
 
-@pytest.mark.parametrize("n", [1, 50])
-def test_an_exported_graph_has_one_order_for_any_number_of_rows(monkeypatch, n):
-    layer = randomise(SparseFC(2, 3, (4, 4))).double()
-    inputs = torch.randn(n, 2, 4, 4, dtype=torch.float64)
-    expected = layer(inputs)
-    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
-    with FlopCounterMode(display=False) as counter:
-        found = layer(inputs)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
-    (_, form_u), (_, form_v) = costs(n, (4, 4), (2, 3))
-    assert counter.get_total_flops() == 2 * (form_u + form_v)
+@pytest.mark.parametrize(("grid", "channels"), FACTORS, ids=str)
+def test_predictions_have_the_order_that_is_cheaper_for_many_rows(grid, channels):
+    layer, (c, d) = randomise(SparseFC(*channels, grid)).double(), channels
+    for factor, shape, (project, form) in zip(
+        (layer.U, layer.V),
+        (lambda n: (n, c, *grid), lambda n: (c, n, d)),
+        costs(10_000, grid, channels),
+        strict=True,
+    ):
+        for n in ROWS:
+            products = []
+            for rows in (n, 2 * n):
+                inputs = torch.randn(shape(rows), dtype=torch.float64)
+                with FlopCounterMode(display=False) as counter:
+                    found = factor.eval()(inputs)
+                products.append(counter.get_total_flops())
+                torch.testing.assert_close(found, factor.train()(inputs), atol=1e-12, rtol=1e-10)
+            of_weights = 2 * products[0] - products[1]  # whatever the number of rows
+            assert (of_weights == 0) == (project <= form)
 
 
 def test_both_orders_occur():

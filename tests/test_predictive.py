@@ -1,6 +1,7 @@
 """Predictions: a row does not know the other rows; integrals over the posterior; log odds."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from references import binary_predictive
 
 from sklearn_softeq import predictive
 from sklearn_softeq.curvature import kronecker_factors
+from sklearn_softeq.layers import PATHWAYS
 from sklearn_softeq.likelihoods import Categorical
 from sklearn_softeq.networks import build_network
 from sklearn_softeq.posterior import Posterior
@@ -105,13 +107,18 @@ def test_so_for_other_pathways(dtype, architecture, pathways):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pathway", ["fc", "factored_fc"])
-@pytest.mark.parametrize(("width", "shape"), [(3, (1, 2, 3)), (5, (1, 1, 3)), (9, (1, 4, 4))])
-def test_so_for_sums_of_an_odd_length(dtype, pathway, width, shape):
-    network = randomise(build_network(shape, 2, pathways=(pathway,), width=width)).to(dtype)
+@pytest.mark.parametrize("pathway", PATHWAYS)
+@pytest.mark.parametrize(
+    ("width", "shape", "fraction"),
+    [(3, (1, 2, 3), 0.5), (5, (1, 1, 3), 0.5), (9, (1, 4, 4), 0.6), (10, (1, 8, 8), 0.3)],
+)
+def test_so_for_sums_of_an_odd_length(dtype, pathway, width, shape, fraction):
+    options = {"pathways": (pathway,), "width": width, "anchor_fraction": fraction}
+    network = randomise(build_network(shape, 2, **options)).to(dtype)
     images = torch.randn(40, *shape, dtype=dtype)
     outputs = map_outputs(network, images, 128)
     assert torch.equal(map_outputs(network, images.flip(0), 128), outputs.flip(0))
+    assert torch.equal(map_outputs(network, images[7:8], 128), outputs[7:8])
     tol = 1e-5 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(outputs, network(images).detach().double(), rtol=tol, atol=tol)
 
@@ -303,6 +310,18 @@ def test_what_is_not_a_number_ends():
 
 
 # ── log odds
+
+
+def test_log_odds_of_many_classes_are_as_quick_as_their_probabilities():
+    outputs = 3 * torch.randn(2000, 500, dtype=torch.float64)
+    begin = time.perf_counter()
+    found = log_odds(outputs)
+    assert time.perf_counter() - begin < 2.0  # one class after the other: 6 s
+    for k in (0, 250, 499):
+        others = torch.cat([outputs[:, :k], outputs[:, k + 1 :]], 1)
+        torch.testing.assert_close(
+            found[:, k], outputs[:, k] - others.logsumexp(1), rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 5])

@@ -298,6 +298,35 @@ def test_what_is_remembered_of_gradients_follows_the_noise(optimizer):
             torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_what_is_remembered_of_gradients_follows_the_gauge(optimizer):
+    # As if they had been taken at the weights that came of it; the prior is weak here.
+    states, (u, v) = [], (f"blocks.0.factored_fc.{name}" for name in ("U.weight", "V.weight"))
+    scales = {u: 4.0, u.replace("weight", "bias"): 4.0, v: 0.25}
+    for before in (True, False):
+        torch.manual_seed(0)
+        data = data_of()
+        net = in_training(net_of(optimizer=optimizer, precision=1e-9), data)
+        net.update_decay()
+
+        def move(net=net):
+            with torch.no_grad():
+                for name, scale in scales.items():
+                    net.module_.get_parameter(name).mul_(scale)
+            net.follow(scales)
+
+        if before:
+            move()
+        net.train_step_single((data.inputs, (data.targets, data.weights, None, len(data))))
+        net.optimizer_.step()
+        if not before:
+            move()
+        states.append([net.optimizer_.state[w] for w in net.module_.parameters()])
+    for found, expected in zip(*states, strict=True):
+        for name in {"exp_avg", "exp_avg_sq", "momentum_buffer"} & found.keys():
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "kfac"])
 def test_of_several_noises_the_least_is_followed(optimizer):
     data, first = numbers_of(9), (1.0, 0.5, 2.0)

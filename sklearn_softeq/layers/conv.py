@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.grad import conv2d_weight
 
 from ..groups import P1
-from .contract import Grid, Pathway, SharedLinear, strided
+from .contract import Grid, Pathway, SharedLinear, in_one_order, strided
 from .torus import circular_pad
 
 __all__ = ["Conv", "circular_gram", "sum_of_convolutions"]
@@ -123,7 +123,12 @@ def sum_of_convolutions(convs: Sequence[Conv], inputs: torch.Tensor) -> torch.Te
     first, *others = convs
     filters = sum((conv.filters() for conv in others), start=first.filters())
     biases = sum((conv.biases() for conv in others), start=first.biases())
-    return nn.functional.conv2d(first.pad(inputs), filters, biases, first.stride)
+    inputs = first.pad(inputs)
+    if first.training or inputs.shape[2:] != filters.shape[2:]:
+        return nn.functional.conv2d(inputs, filters, biases, first.stride)
+    # At a single position it is a product of matrices, of which the order has to be kept.
+    rows, weight = in_one_order(inputs.flatten(1), filters.flatten(1))
+    return torch.addmm(biases, rows, weight.T)[:, :, None, None]
 
 
 def _gram(rows: torch.Tensor) -> torch.Tensor:

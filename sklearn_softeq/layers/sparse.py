@@ -5,7 +5,7 @@ import math
 import torch
 
 from ..anchors import Interpolation
-from .contract import Grid, LayerSpec
+from .contract import Grid, LayerSpec, in_one_order
 from .conv import Conv
 from .factored import FactoredFC, FactorU, FactorV
 
@@ -33,17 +33,14 @@ class SparseU(FactorU):
         self.bias.zero_()
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        n_anchors, n_pixels = self.interpolation.matrix.shape
-        n, n_out = len(inputs), self.weight.shape[1]
-        # Either order is Σ_m U' Ψ x: the cheaper one, for each of the C channels.
-        project = n * n_anchors * (n_pixels + n_out)
-        form = n_out * n_pixels * (n_anchors + n)
-        if not torch.compiler.is_exporting() and project <= form:  # a graph is for any n
-            pixels = inputs.flatten(2) @ self.interpolation.matrix.T  # (n, C, M)
-            weight: torch.Tensor = self.weight
+        # Either order is Σ_m U' Ψ x.
+        pixels, weight = inputs.flatten(2), self.weight
+        if _projects(self, len(inputs), self.weight.shape[1]):
+            pixels = _product(self, pixels, self.interpolation.matrix)  # (n, C, M)
         else:
-            pixels = inputs.flatten(2)
-            weight = self.weight @ self.interpolation.matrix
+            weight = weight @ self.interpolation.matrix
+        if not self.training:
+            pixels, weight = in_one_order(pixels, weight)
         return torch.baddbmm(self.bias, pixels.transpose(0, 1), weight.transpose(1, 2))
 
     def input_tokens(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -70,14 +67,12 @@ class SparseV(FactorV):
         self.weight.copy_(drawn.transpose(1, 2))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        n_anchors, n_pixels = self.interpolation.matrix.shape
         n_in, n, _ = hidden.shape
         channels = hidden.permute(2, 1, 0).contiguous()  # (D, n, C)
-        project = n * n_anchors * (n_in + n_pixels)
-        form = n_in * n_pixels * (n_anchors + n)
-        if not torch.compiler.is_exporting() and project <= form:
-            return torch.bmm(channels, self.weight.transpose(1, 2)) @ self.interpolation.matrix
-        return torch.bmm(channels, self.weight.transpose(1, 2) @ self.interpolation.matrix)
+        psi = self.interpolation.matrix.T
+        if _projects(self, n, n_in):
+            return _product(self, _product(self, channels, self.weight), psi)
+        return _product(self, channels, psi @ self.weight)
 
     def gradient_tokens(self, grads: torch.Tensor) -> torch.Tensor:
         return super().gradient_tokens(grads) @ self.interpolation.matrix.T  # (n, 1, D, M')
@@ -182,6 +177,24 @@ class SparseConv(Conv):
     def _projected(self, inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         patches = super().input_tokens(inputs).unflatten(3, (self.in_channels, -1))
         return (patches @ matrix.T).flatten(3)
+
+
+def _projects(layer: SparseU | SparseV, n: int, n_channels: int) -> bool:
+    """Whether maps come to the anchors, rather than weights to the pixels: where it is cheaper.
+
+    In predictions whatever their number is: the order decides about last digits, and a graph that
+    is exported is for any number.
+    """
+    n_anchors, n_pixels = layer.interpolation.matrix.shape
+    to_form = n_anchors / n if layer.training else 0.0
+    return n_anchors * (n_pixels + n_channels) <= n_channels * n_pixels * (1.0 + to_form)
+
+
+def _product(layer: SparseU | SparseV, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Σ_i rows[..., i] weight[..., d, i]."""
+    if not layer.training:
+        rows, weight = in_one_order(rows, weight)
+    return rows @ weight.transpose(-1, -2)
 
 
 def _fitted_draw(
