@@ -118,6 +118,7 @@ class ProgressLine(Callback):
         course, epoch, last = net.course, len(net.history), net.history[-1]
         if not course.evidence.due(epoch) or net.processes_.rank > 0:
             return
+        assert self._known is not None
         name, spare = self._known
         self._known = course.start.name, course.spare_starts
         if course.start.name != name:

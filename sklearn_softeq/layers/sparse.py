@@ -34,7 +34,8 @@ class SparseU(FactorU):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         # Either order is Σ_m U' Ψ x.
-        pixels, weight = inputs.flatten(2), self.weight
+        pixels = inputs.flatten(2)
+        weight: torch.Tensor = self.weight
         if _projects(self, len(inputs), self.weight.shape[1]):
             pixels = _product(self, pixels, self.interpolation.matrix)  # (n, C, M)
         else:
