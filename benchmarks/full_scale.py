@@ -154,7 +154,8 @@ def measure(name: str, model: str, prior: str, folder: Path, options: argparse.N
     clf = clone(clf).fit(*split[:2])
     found = measured(clf, *split)
     seconds = round(sum(row["seconds"] for row in clf.net_.history), 1)
-    return {**found, "n_weights": clf.n_weights_.tolist(), "seconds": seconds}
+    size = {"n_weights": clf.n_weights_.tolist(), "device": clf.device_.type}
+    return {**found, **size, "seconds": seconds}
 
 
 def attempt(name: str, model: str, prior: str, folder: Path, options: argparse.Namespace) -> dict:

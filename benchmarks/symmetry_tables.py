@@ -38,7 +38,7 @@ ENOUGH_PAIRS, ENOUGH_FITS = 20, 5
 #: ``max_epochs`` of the estimator, at which a fit has to end.
 CAP = 400
 
-#: Seeds that had been looked at when a default was last changed (docs/design/sums.md).
+#: Seeds that had been looked at when a default was last changed (docs/design/sums_log.md).
 N_SEEN = 5
 
 Cell = tuple[str, str]

@@ -42,7 +42,7 @@ LEARNT = 0.2
 #: Mean loss of the training data, in nats, below which logits are scaled down in the end. Where it
 #: is less there is no curvature left, so that neither precisions nor evidence know what being so
 #: sure would cost. New data asked for .006 in two such fits, and were content with .002 to .01
-#: (docs/design/sums.md).
+#: (docs/design/sums_log.md).
 LEAST_LOSS = 0.005
 
 
@@ -56,7 +56,7 @@ class EvidenceStep(Callback):
 
     All at the mean of the weights over these epochs: at the weights themselves, which shake at the
     full rate, evidences jump from one to the next, and squared norms are mostly noise where a
-    pathway is not needed (docs/design/sums.md).
+    pathway is not needed (docs/design/sums_log.md).
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ class EvidenceStep(Callback):
     ramp : float, default=0.0
         Epochs over which the log determinants come to count fully in the hyper steps. At full
         weight from the beginning they push networks that have learnt little yet towards those that
-        need few weights, out of which they do not come back (docs/design/sums.md).
+        need few weights, out of which they do not come back (docs/design/sums_log.md).
     noise_alone : bool, default=False
         Whether the hyper steps are of a learned noise, and the precisions stay.
 

@@ -48,7 +48,7 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
     activation : {"silu", "relu"}, default="silu"
         Between layers: √2 x / (1 + exp(−x)), or max(x, 0), the paper's. With ReLUs narrow layers
         sometimes died at the start; on 1000 images and more they took longer and came to a worse
-        end, on 120 to a better one (docs/design/sums.md).
+        end, on 120 to a better one (docs/design/sums_log.md).
     anchor_fraction : float or "auto", default="auto"
         Anchors of the sparse pathways for each pixel, or tap of a filter, in (0, 1]. "auto": 0.5,
         and 7/9 for "sparse_conv" alone, as in the paper.
@@ -141,7 +141,7 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         Return to the state of the best figure seen if the last one is worse; for rates that do not
         fall. While the rate is high evidences shake, and the best of them is often of a network
         that is too sure of itself: with K-FAC, images of 40 classes, an NLL of .54 in place of
-        .21 (docs/design/sums.md).
+        .21 (docs/design/sums_log.md).
     batch_size : int or "auto", default="auto"
         Rows of one step, and, up to 128, of one pass in prediction. "auto": 128; of less than 1000
         images so many that an epoch has eight batches, or of about 16 if those would be smaller,
@@ -160,7 +160,7 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         Of the weights. "kfac" preconditions the gradient with Kronecker factors of the curvature,
         from 256 rows every other epoch, and bounds each step by the change of the predictions: on
         1000 small images it mostly came to a better likelihood of new images and a better evidence
-        than "adam", in about the same time (docs/design/sums.md). "sgd" has momentum 0.9 (the
+        than "adam", in about the same time (docs/design/sums_log.md). "sgd" has momentum 0.9 (the
         paper).
     augment : {"crop_flip"} or callable, default=None
         What is done to the images of a batch before each step of the weights; the evidence is

@@ -60,7 +60,7 @@ class SiLU(nn.Module):
 
 #: What stands between layers, acting on each number by itself and so equivariant to everything.
 #: Layers of few rectified channels can die in the first steps of training, when all gradients of a
-#: filter point the same way; with a SiLU they cannot (docs/design/sums.md).
+#: filter point the same way; with a SiLU they cannot (docs/design/sums_log.md).
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": SiLU, "relu": nn.ReLU}
 
 
