@@ -53,6 +53,7 @@ from sklearn_softeq.groups import GROUPS
 from sklearn_softeq.hyperparameters import squared_norms
 from sklearn_softeq.kronecker import dense, spectra
 from sklearn_softeq.layers import PATHWAYS
+from sklearn_softeq.likelihoods import Categorical
 from sklearn_softeq.marginal_likelihood import LaplaceEvidence
 from sklearn_softeq.schedules import WARM_UP, JointStart, SymmetricStart
 from sklearn_softeq.trials import FEWEST_HELD, HELD_OUT, Trial
@@ -909,6 +910,29 @@ def test_weights_are_repetitions(digits, options):
     )
     assert weighted.evidence_linear_term_ == pytest.approx(repeated.evidence_linear_term_)
     assert weighted.lengthscales_by_name_ == pytest.approx(repeated.lengthscales_by_name_)
+
+
+def test_the_linear_term_is_that_of_its_equation_for_each_observation(digits):
+    images, labels = (part[:30] for part in digits)
+    clf = SoftEquivariantClassifier(**FAST, pathways="conv", dtype="float64")
+    clf.set_params(width=1, max_epochs=6).fit(images, labels, np.full(30, 2.0))
+    mean, scale = (clf.channel_mean_[:, None, None], clf.channel_scale_[:, None, None])
+    inputs = torch.from_numpy((images.reshape(30, *clf.image_shape_) - mean) / scale)
+    codes, weights = torch.from_numpy(np.searchsorted(clf.classes_, labels)), torch.full((30,), 2.0)
+    batch = (inputs, codes, weights.double())
+    factors = kronecker_factors(clf.module_, Categorical(), [batch]).factors
+    tensors = dict(clf.module_.named_parameters())
+    log_joint = 2.0 * clf.module_(inputs).log_softmax(1)[range(30), codes].sum()
+    for name, tensor in tensors.items():
+        log_joint = log_joint - 0.5 * clf.prior_precisions_by_name_[name] * tensor.square().sum()
+    expected = 0.0
+    for name, g in zip(tensors, torch.autograd.grad(log_joint, tensors.values()), strict=True):
+        matrix = factors[name].to_dense()
+        matrix.diagonal().add_(clf.prior_precisions_by_name_[name])
+        vector = (g.transpose(1, 2) if g.ndim == 3 else g).flatten()
+        expected += 0.5 * (vector @ torch.linalg.solve(matrix, vector)).item()
+    assert clf.n_observations_ == 60
+    assert clf.evidence_linear_term_ == pytest.approx(expected / 60, rel=1e-6)
 
 
 def test_balanced_class_weight_is_a_sample_weight(digits):

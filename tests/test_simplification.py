@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.datasets import load_digits
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 
 from sklearn_softeq import SoftEquivariantClassifier, SymmetryDisplay
 
@@ -80,6 +82,61 @@ def test_what_was_removed_is_gone_and_predictions_are_the_same(fitted):
     np.testing.assert_array_equal(fitted.n_weights_, n_before)
     np.testing.assert_array_equal(fitted.predict_proba(X), before)
     assert "simplification_" not in vars(fitted)
+
+
+def test_the_last_step_of_a_pipeline_becomes_smaller():
+    X, y = digits()
+    rows = X.reshape(len(X), -1)
+    model = make_pipeline(FunctionTransformer(np.tanh), SoftEquivariantClassifier(**SHORT))
+    model.fit(rows, y)
+    model[-1].module_.layers["blocks.1"].remove("factored_fc")
+    before = model[:-1]  # as the user guide has it
+    smaller = make_pipeline(*before, model[-1].simplify(before.transform(rows), tol=1))
+    n_weights = smaller[-1].simplification_.n_weights
+    assert n_weights[1] < n_weights[0]
+    assert smaller[-1] is not model[-1]
+    np.testing.assert_allclose(smaller.predict_proba(rows), model.predict_proba(rows), atol=1e-6)
+
+
+def test_a_refusal_leaves_the_classifier_as_it_was():
+    X, y = digits()
+    clf = SoftEquivariantClassifier(**SHORT).fit(X, y)
+    before, attributes = clf.predict_proba(X), set(vars(clf))
+    tables = [clf.n_weights_.copy(), clf.prior_precision_.copy(), clf.output_share_.copy()]
+    with pytest.raises(ValueError, match="more than tol=1e-09"):
+        clf.simplify(X, threshold=1.0, tol=1e-9)
+    assert set(vars(clf)) == attributes
+    np.testing.assert_array_equal(clf.predict_proba(X), before)
+    for table, found in zip(
+        tables, (clf.n_weights_, clf.prior_precision_, clf.output_share_), strict=True
+    ):
+        np.testing.assert_array_equal(found, table)
+
+
+@pytest.mark.parametrize(
+    ("options", "free"),
+    [
+        ({"pathways": ("p4_conv", "conv", "factored_fc")}, "factored_fc"),  # with another head
+        ({"architecture": "resnet"}, "factored_fc"),
+        ({"pathways": ("sparse_conv", "sparse_fc"), "learn_lengthscale": True}, "sparse_fc"),
+    ],
+    ids=str,
+)
+def test_of_other_networks_what_was_removed_goes_and_nothing_changes(options, free):
+    X, y = digits()
+    clf = SoftEquivariantClassifier(**{**SHORT, **options}).fit(X, y)
+    column = clf.pathway_names_.index(free)
+    there = [name for name, layer in clf.module_.layers.items() if free in layer.pathways]
+    for name in there:
+        clf.module_.layers[name].remove(free)
+        place = clf.layer_names_.index(name), column
+        for table in (clf.effective_dimensions_, clf.output_share_, clf.symmetry_):
+            table[place] = 0
+    simple = clf.simplify(X, threshold=0)
+    assert simple.simplification_.removed == [(name, free) for name in there]
+    np.testing.assert_array_equal(simple.predict_proba(X), clf.predict_proba(X))
+    assert (simple.n_weights_[:, column] == 0).all()
+    assert not any(free in name for name, _ in simple.module_.named_parameters())
 
 
 def test_tables_of_what_is_left(fitted):
