@@ -61,6 +61,7 @@ from .validation import (
     resolve_device,
     resolve_image_shape,
     scale_of,
+    warn_of_shares,
 )
 
 __all__ = ["SoftEquivariantBase"]
@@ -304,6 +305,7 @@ class SoftEquivariantBase(CallbackSupportMixin, BaseEstimator):
         kept = self.checkpoint_dir is not None
         digests = data_digests(X, y, counts, shape) if kept else {}
         weights = self._weights(sample_weight, X, y, values)
+        warn_of_shares(weights)
         X, codes, weights = distinct_rows(X, codes, weights)
         targets = self._targets(values, codes, weights, first, more)
         self.image_shape_, self.device_ = shape, device

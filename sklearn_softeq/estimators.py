@@ -642,11 +642,11 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
     equivariance_error = SoftEquivariantBase.equivariance_error
 
     def simplify(self, X, threshold=0.01, tol=1e-3):
-        """A copy without the pathways that the evidence has switched off.
+        """A copy without the pathways that are off, or next to idle.
 
         What is left has fewer weights, and predicts as before within a tolerance. Pathways that
         were removed during training go in any case. The copy of a model that was fitted by ``fit``
-        cannot be trained further; one of ``partial_fit`` can.
+        cannot go on by ``warm_start``; one of ``partial_fit`` can go on.
 
         Parameters
         ----------

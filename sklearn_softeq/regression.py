@@ -195,13 +195,14 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
 
     Examples
     --------
-    >>> from sklearn.datasets import load_diabetes
+    >>> from sklearn.datasets import load_digits
     >>> from sklearn_softeq import SoftEquivariantRegressor
-    >>> X, y = load_diabetes(return_X_y=True)
+    >>> X, _ = load_digits(return_X_y=True)
+    >>> y = X.sum(1)  # how much ink there is
     >>> reg = SoftEquivariantRegressor(max_epochs=5, random_state=0).fit(X[:300], y[:300])
     >>> mean, deviation = reg.predict(X[300:], return_std=True)
     >>> mean.shape, deviation.shape  # doctest: +SKIP
-    ((142,), (142,))
+    ((1497,), (1497,))
     """
 
     _built_from = ("target_mean_", "target_scale_", *SoftEquivariantBase._built_from)

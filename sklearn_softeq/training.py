@@ -102,7 +102,8 @@ class SoftEquivariantNet(NeuralNet):
     kept_: str | None = None  #: and what training ended with then, in words
     criterion_: Any  # the likelihood, a value
     compiled_: Callable | None = None
-    origin: tuple[dict[str, Any], tuple]  #: parameters and seeds of the estimator it was built for
+    #: Parameters and seeds of the estimator that it was built for, if it was for one.
+    origin: tuple[dict[str, Any], tuple] = ({}, ())
 
     def __init__(
         self,
@@ -156,14 +157,25 @@ class SoftEquivariantNet(NeuralNet):
         ]
         if forms[0] != forms[1]:
             raise ValueError(
-                "A fitted model can be trained further only with the same image shape, classes, "
-                "pathways, architecture, width, activation and anchor_fraction; at least one has "
-                "changed, or simplify() has taken pathways out. Set warm_start=False, or fit a "
-                "new estimator."
+                f"A fitted model can be trained further only in the same form, but "
+                f"{self._changed_since(previous)}. Set warm_start=False, or fit a new estimator."
             )
         restore(self, state_of(previous))
         if history:
             self.history_ = copy.deepcopy(previous.history)
+
+    def _changed_since(self, previous: "SoftEquivariantNet") -> str:
+        """What gives this network another form than the previous one's, in words."""
+        (now, _), (then, _) = self.origin, previous.origin
+        changed = [
+            f"{name} was {then[name]!r} and is {now[name]!r}"
+            for name in ("pathways", "architecture", "width", "activation", "anchor_fraction")
+            if now and then[name] != now[name]
+        ]
+        return ", ".join(changed) or (
+            "the image shape or the number of classes has changed, or simplify() has taken "
+            "pathways out"
+        )
 
     def set_paces(self, paces: Mapping[str, float]) -> None:
         """Give tensors, by name, learning rates that are parts of the common one.

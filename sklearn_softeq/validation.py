@@ -35,9 +35,13 @@ __all__ = [
     "present_device",
     "resolve_device",
     "resolve_image_shape",
+    "warn_of_shares",
 ]
 
 ImageShape = tuple[int, int, int]
+
+#: Sum of the weights, for each row of positive weight, below which they can hardly be counts.
+FEW = 0.1
 
 
 def check_images(
@@ -71,9 +75,12 @@ def check_images(
     ValueError, TypeError
         scikit-learn's own, for NaN, infinity, complex, sparse, object or empty data, for a
         wrong number of features and for a y that is missing, or neither a vector of class labels
-        nor finite numbers, as it should be.
+        nor finite numbers, as it should be. Ours for arrays of more than four dimensions, for
+        one image by itself and for arrays of images.
     """
     X, shape = _flattened(X)
+    if not reset:
+        _refuse_one_image(X, estimator)
     if isinstance(y, torch.Tensor):
         y = y.detach().cpu().numpy()
     dtypes = [np.float64, np.float32]
@@ -112,10 +119,28 @@ def _flattened(X: Any) -> tuple[Any, ImageShape | None]:
         X = X.astype(np.float32)
     if not X.dtype.isnative:  # torch has no other order of bytes
         X = X.astype(X.dtype.newbyteorder("="))
+    if X.ndim > 4:
+        raise ValueError(
+            f"X has {X.ndim} dimensions; (n, features), (n, H, W) or (n, C, H, W) is needed. Of "
+            "volumes, slices can be passed as channels."
+        )
+    if X.dtype == object and X.ndim == 1 and any(np.ndim(image) > 1 for image in X[:1]):
+        raise ValueError("X is an array of images. Bring them to one size and pass np.stack(X).")
     if X.ndim not in (3, 4):
         return X, None
     channels, height, width = (1, *X.shape[1:])[-3:]
     return X.reshape(len(X), channels * height * width), (channels, height, width)
+
+
+def _refuse_one_image(X: Any, estimator: Any) -> None:
+    """Rows of the wrong length that are the rows of a single image."""
+    shape = vars(estimator).get("image_shape_")
+    alone = isinstance(X, np.ndarray) and X.ndim == 2 and shape == (1, *X.shape)
+    if alone and X.shape[1] != estimator.n_features_in_:
+        raise ValueError(
+            f"X has the shape {X.shape} of one image. To pass it as the only one of several: "
+            "X[None]."
+        )
 
 
 def _list_of_images(rows: Sequence) -> Any:
@@ -184,6 +209,11 @@ def resolve_image_shape(
     ------
     ValueError
         If what was requested does not agree with the data.
+
+    Warns
+    -----
+    UserWarning
+        If the features make no square: then they are taken for a row of pixels.
     """
     if requested is not None:
         shape = _three(requested)
@@ -210,6 +240,11 @@ def resolve_image_shape(
         side = round((n_features / channels) ** 0.5)
         if channels * side * side == n_features:
             return channels, side, side
+    warn(
+        f"X has {n_features} features, which make no square image of one or three channels. They "
+        f"are taken for a single row of pixels: give image_shape=(1, 1, {n_features}) if that is "
+        "meant, else the (channels, height, width) of an image."
+    )
     return 1, 1, n_features
 
 
@@ -234,9 +269,11 @@ def check_same_shape(found: ImageShape | None, fitted: ImageShape) -> ImageShape
         If they have the same number of values in another shape.
     """
     if found is not None and found != fitted:
+        channels_last = (found[2], *found[:2]) == fitted
         raise ValueError(
             f"X holds images of shape {found}, but the model was fitted on images of shape "
             f"{fitted}. Pass images of that shape, or rows of {int(np.prod(fitted))} features."
+            + (" Channels come first: X.transpose(0, 3, 1, 2)." if channels_last else "")
         )
     return fitted
 
@@ -396,6 +433,22 @@ def check_weights(
             "give at least one row a positive weight."
         )
     return weights
+
+
+def warn_of_shares(weights: np.ndarray) -> None:
+    """Say so if weights sum to next to nothing for so many rows, as those do that sum to 1.
+
+    Warns
+    -----
+    UserWarning
+    """
+    n_rows = int((weights > 0).sum())
+    if weights.sum() < FEW * n_rows:
+        warn(
+            f"The weights of {n_rows} rows sum to {weights.sum():.3g}. Weights are counts, so this "
+            "is as much data as so many observations, and the prior decides. If they are shares, "
+            "multiply them by the number of rows."
+        )
 
 
 def check_names(names: Any, allowed: Collection[str], parameter: str) -> tuple[str, ...]:

@@ -1187,9 +1187,12 @@ def test_warm_start(digits):
     assert clf.loss_curve_[0] < 0.5 * first_loss[0]
     for name, value in (("width", 3), ("activation", "relu")):
         before = clf.get_params()[name]
-        with pytest.raises(ValueError, match="warm_start=False"):
+        message = f"but {name} was {before!r} and is {value!r}. Set warm_start=False"
+        with pytest.raises(ValueError, match=message):
             clf.set_params(**{name: value}).fit(images, labels)
         clf.set_params(**{name: before})
+    with pytest.raises(ValueError, match="the image shape or the number of classes has changed"):
+        clf.fit(images[..., :2], labels)
 
 
 def test_precisions_are_taken_over_in_one_order_alone(digits):

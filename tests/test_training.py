@@ -419,7 +419,7 @@ def test_take_over():
     "other", [{"module__width": 3}, {"pathways": ("conv",)}, {"module__n_outputs": 4}], ids=str
 )
 def test_take_over_of_another_form(other):
-    with pytest.raises(ValueError, match="same image shape, classes, pathways.*warm_start=False"):
+    with pytest.raises(ValueError, match="image shape or the number of classes.*warm_start=False"):
         net_of().take_over(net_of(**other))
 
 

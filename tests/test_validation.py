@@ -1,5 +1,7 @@
 """Every container and every mistake: what arrives, and what the message says."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,6 +21,7 @@ from sklearn_softeq.validation import (
     encode,
     resolve_device,
     resolve_image_shape,
+    warn_of_shares,
 )
 
 N, SHAPE = 5, (2, 3, 4)
@@ -175,7 +178,12 @@ BAD_DATA = {
     "empty-list": (lambda: [], ValueError, "Expected 2D array"),
     "a-vector": (lambda: ROWS[:, 0].astype(float), ValueError, "Reshape your data"),
     "a-number": (lambda: 3.0, ValueError, "Expected 2D array"),
-    "5d": (lambda: np.zeros((N, 1, 2, 3, 4)), ValueError, "dim 5"),
+    "5d": (lambda: np.zeros((N, 1, 2, 3, 4)), ValueError, "5 dimensions; .*slices can be passed"),
+    "array-of-images": (
+        lambda: np.array([np.ones((2, 2)), np.ones((3, 3))], dtype=object),
+        ValueError,
+        "np.stack",
+    ),
     "ragged": (lambda: [[1.0, 2.0], [3.0]], ValueError, "inhomogeneous"),
     "ragged-images": (lambda: [np.ones((2, 2)), np.ones((3, 3))], ValueError, "dim|inhomog"),
 }
@@ -198,6 +206,21 @@ def test_wrong_number_of_features(X):
     message = rf"X has {X[0].size} features, but Classifier is expecting 24 features as input"
     with pytest.raises(ValueError, match=message):
         check_images(estimator, X, reset=False)
+
+
+def test_one_image_is_not_taken_for_its_rows():
+    estimator = Classifier()
+    check_images(estimator, np.ones((N, 4, 6)), reset=True)
+    estimator.image_shape_ = (1, 4, 6)
+    with pytest.raises(ValueError, match=r"the shape \(4, 6\) of one image.*X\[None\]"):
+        check_images(estimator, np.ones((4, 6)), reset=False)
+    assert len(check_images(estimator, np.ones((4, 24)), reset=False)[0]) == 4
+    with pytest.raises(ValueError, match="X has 6 features, but Classifier is expecting 24"):
+        check_images(estimator, np.ones((5, 6)), reset=False)
+    estimator = Classifier()
+    check_images(estimator, np.ones((N, 1, 24)), reset=True)
+    estimator.image_shape_ = (1, 1, 24)
+    assert len(check_images(estimator, np.ones((1, 24)), reset=False)[0]) == 1  # a row is an image
 
 
 @pytest.mark.parametrize(
@@ -246,7 +269,12 @@ def test_bad_labels(y, message):
     ],
 )
 def test_image_shape(requested, found, n_features, expected):
-    shape = resolve_image_shape(requested, found, n_features)
+    guessed = requested is None and found is None and expected == (1, 1, n_features)
+    warns = pytest.warns(UserWarning, match=rf"image_shape=\(1, 1, {n_features}\) if that is meant")
+    with warns if guessed and n_features > 1 else warnings.catch_warnings():
+        if not guessed:
+            warnings.simplefilter("error")
+        shape = resolve_image_shape(requested, found, n_features)
     assert shape == expected
     assert all(type(side) is int for side in shape)
 
@@ -279,6 +307,10 @@ def test_images_of_another_shape_at_predict():
     assert check_same_shape(SHAPE, SHAPE) == SHAPE
     with pytest.raises(ValueError, match=r"\(4, 3, 2\).*fitted on images of shape.*rows of 24"):
         check_same_shape((4, 3, 2), SHAPE)
+    with pytest.raises(ValueError, match=r"rows of 192 features. Channels come first: X.transpose"):
+        check_same_shape((8, 8, 3), (3, 8, 8))
+    with pytest.raises(ValueError, match=r"rows of 24 features\.$"):
+        check_same_shape((2, 4, 3), SHAPE)
 
 
 # ── classes
@@ -317,6 +349,15 @@ CLASSES = np.array(["a", "b", "c", "d"])
 
 def weights_of(sample_weight=None, class_weight=None, y=Y):
     return check_weights(sample_weight, ROWS.astype(np.float32), y, CLASSES, class_weight)
+
+
+def test_weights_that_sum_to_next_to_nothing_are_noticed():
+    with pytest.warns(UserWarning, match="weights of 20 rows sum to 1. Weights are counts"):
+        warn_of_shares(np.full(20, 0.05))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_shares(np.full(20, 0.1))
+        warn_of_shares(np.eye(20)[0])  # a single row that is there
 
 
 def test_no_weights_are_ones():
