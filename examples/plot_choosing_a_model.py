@@ -12,8 +12,8 @@ Real digits, 8×8 pixels: which pathways, and how wide?
 # %%
 # A search with one split
 # -----------------------
-# 600 images to choose and fit with, of which a fifth is held out (with fewer rows than that a choice
-# is soon one of chance), 1197 to test. Both figures are asked for; the log loss decides. The variable
+# 600 images to choose and fit with, of which a fifth is held out (with fewer rows a choice is soon
+# one of chance), 1197 to test. Both figures are asked for; the log loss decides. The variable
 # ``SOFTEQ_MAX_EPOCHS`` of the environment caps the number of epochs.
 
 import os

@@ -68,21 +68,15 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         Also learn, by the evidence, the lengthscales of the interpolations of sparse pathways,
         one of each map. False, or ``learn_prior=False``, leaves them at one pixel.
     start : {"symmetric", "joint"}, default="symmetric"
-        "symmetric": the pathways of one symmetry alone until ``burn_in``, then all, the others from
-        zero, with their log determinants counted four times in the hyper steps; one that the
-        evidence switches off is removed. If some pathways have no symmetry, or there are several,
-        such as shifts with and without quarter turns, each symmetry, and all pathways at once, have
-        a trial of twice ``burn_in`` epochs on four fifths of the rows (where quarter turns or
-        reflections are among them each symmetry has three random starts, of which the best goes on
-        after half of these epochs). Training goes on, with all rows, from the one that predicts the
-        other fifth best; with all pathways at once only if these do so by more than 0.05 times the
-        entropy of the labels (0.12 nats for each row of ten classes), and still do once each
-        symmetry has had as many epochs again. While the best of several symmetries explains less
-        than half of that entropy their trials go on, too. They go on as far as half of
-        ``max_epochs`` only, so not at all where that is less than four times ``burn_in``.
-        Where the symmetric pathways have learnt next to nothing, all begin anew as with "joint":
-        all pathways at once from random weights, their sum divided by the root of their number
-        (the paper, which takes the mean).
+        "symmetric": the pathways of one symmetry alone at first, then all, the others from zero,
+        with their log determinants counted four times in the hyper steps; one that the evidence
+        switches off is removed. What begins is tried before, on four fifths of the rows: each
+        symmetry, and all pathways at once, for twice ``burn_in`` epochs or, where these tell too
+        little, for longer, up to half of ``max_epochs``. The best of the symmetries by the other
+        fifth begins, unless all pathways at once are plainly better (user guide, "The course of a
+        fit"; ``start_`` and ``symmetry_trials_`` say what was found). Where the symmetric pathways
+        have learnt next to nothing, all begin anew as with "joint": all pathways at once from
+        random weights, their sum divided by the root of their number (the paper takes the mean).
     prior_precision : float, default=1.0
         Start of every precision, in units of 1 / weight²; taken to lie between e⁻¹⁰ and e¹⁸.
     burn_in : int, default=20
@@ -131,7 +125,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
         far too small for convolutions, and is there for comparison.
     max_epochs : int, default=400
         Cap of the number of epochs. Training stops when the evidence (the log joint, where nothing
-        is learned by the evidence) has stopped rising.
+        is learned by the evidence) has stopped rising; with the other defaults that takes some 80
+        epochs at the least, and a smaller cap always comes first.
     tol : float, default=0.01
         Rise that counts, in nats for each observation; less than one nat in all (a Bayes factor
         of e) does not count either.
@@ -165,9 +160,9 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
     augment : {"crop_flip"} or callable, default=None
         What is done to the images of a batch before each step of the weights; the evidence is
         that of the images as they are. "crop_flip": random crops of images with a margin of an
-        eighth of their sides, and random reflections left ↔ right. A callable takes a tensor
-        (n, C, H, W), standardised and on the device, and returns one of the same shape; torch's
-        random numbers in it follow ``random_state``.
+        eighth of their sides, and random reflections left ↔ right, for images whose mirror images
+        are as good. A callable takes a tensor (n, C, H, W), standardised and on the device, and
+        returns one of the same shape; torch's random numbers in it follow ``random_state``.
     amp : {"bf16"}, default=None
         Type of the activations in steps of the weights: half the memory, and faster on recent
         GPUs. Weights, curvature, evidence and predictions are float32.
@@ -302,7 +297,8 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
     n_weights_ : ndarray of shape (L, P)
         Number of weights, biases included.
     symmetry_ : ndarray of shape (L, P)
-        Share of each pathway in its layer's γ; rows sum to 1.
+        Share of each pathway in its layer's γ; rows sum to 1. What a layer uses; whether a symmetry
+        is kept :meth:`equivariance_error` measures.
     symmetry_per_weight_ : ndarray of shape (L, P)
         Share of each pathway in its layer's γ / number of weights (the paper's figure).
     output_share_ : ndarray of shape (L, P)

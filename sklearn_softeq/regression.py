@@ -45,22 +45,11 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
         for the noise alone then; if that is fixed, too, once, at the end.
     {learn_lengthscale}
     start : {"symmetric", "joint"}, default="symmetric"
-        "symmetric": the pathways of one symmetry alone until ``burn_in``, then all, the others from
-        zero, with their log determinants counted four times in the hyper steps; one that the
-        evidence switches off is removed. If some pathways have no symmetry, or there are several,
-        such as shifts with and without quarter turns, each symmetry, and all pathways at once, have
-        a trial of twice ``burn_in`` epochs on four fifths of the rows (where quarter turns or
-        reflections are among them each symmetry has three random starts, of which the best goes on
-        after half of these epochs). Training goes on, with all rows, from the one that predicts the
-        other fifth best; with all pathways at once only if these do so by more than 0.1 nats for
-        each output, at the noise that is best for each: if they leave less than 0.82 of the
-        squares, and still do once each symmetry has had as many epochs again. While the best of
-        several symmetries explains less than half of the variance their trials go on, too. They go
-        on as far as half of ``max_epochs`` only, so not at all where that is less than four times
-        ``burn_in``.
-        Where the symmetric pathways have explained less than a fifth of the variance of the
-        training data, all begin anew as with "joint": all pathways at once from random weights,
-        their sum divided by the root of their number (the paper, which takes the mean).
+        As in the classifier. All pathways at once begin only where they predict better by more
+        than 0.1 nats for each output, at the noise that is best for each: where they leave less
+        than 0.82 of the squares. Trials go on while the best of several symmetries explains less
+        than half of the variance; and where the symmetric pathways have explained less than a
+        fifth of it, all begin anew as with "joint".
     {prior_precision}
     noise : "learned" or float, default="learned"
         Standard deviation of the noise. "learned": that of each output ascends the evidence with
