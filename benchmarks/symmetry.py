@@ -17,7 +17,7 @@ and 2000 of MNIST's test images.
     python benchmarks/symmetry.py [--sets S ...] [--tasks T ...] [--models M ...]
         [--priors P ...] [--seeds N ...] [--n-train N] [--parameters JSON] [--mnist PATH]
         [--threads N] [--output PATH] [--page PATH]
-        [--summary PATH] [--report]
+        [--summary PATH] [--figure PATH] [--report]
 
 What is there already is left out; several processes may write to one file. `--report` fits nothing.
 MNIST comes from an npz file with X_train, X_test of the shape (n, 1, 28, 28) from 0 to 255 and
@@ -282,6 +282,7 @@ if __name__ == "__main__":
     parser.add_argument("--output", default=OUTPUT, help="where results go (beside this file)")
     parser.add_argument("--page", type=Path, help="page to write the tables to")
     parser.add_argument("--summary", type=Path, help="page to write what they say together to")
+    parser.add_argument("--figure", type=Path, help="picture of the promise to save")
     parser.add_argument("--report", action="store_true", help="tables of what is there, no fits")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -315,3 +316,7 @@ if __name__ == "__main__":
             )
             page = replaced(page, section, begin, end)
         options.summary.write_text(page)
+    if options.figure is not None:
+        from symmetry_figure import draw  # asks for matplotlib
+
+        draw(cells, options.figure)

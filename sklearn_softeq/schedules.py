@@ -18,6 +18,7 @@ from .layers import Pathway, PathwaySum
 from .networks import SoftEquivariantNetwork
 
 __all__ = [
+    "AFTER_TRIALS",
     "LR_SCHEDULES",
     "STARTS",
     "WARM_UP",
@@ -35,8 +36,12 @@ __all__ = [
 LR_SCHEDULES = ("cooldown", "cosine", "constant")
 
 
-#: Epochs of linear warm-up of the learning rate.
-WARM_UP = 5
+#: Epochs of linear warm-up of the learning rate. With 5 of them K-FAC made constant predictors, for
+#: good, of one in three narrow networks (docs/design/sums_log.md).
+WARM_UP = 10
+
+#: Epochs from the beginning, with a network that has been in a trial, to the first evidence.
+AFTER_TRIALS = 5
 
 #: Largest drift of log δ_U − log δ_V from its start, see :func:`fix_gauge`.
 GAUGE_LIMIT = 4.0
@@ -84,8 +89,8 @@ class LearningRate:
     max_epochs : int
         Cap of the number of epochs.
     warmup : int, default=WARM_UP
-        Epochs of linear warm-up after the start and after a release of pathways; not with
-        "constant".
+        Epochs of linear warm-up after the start and after a release of pathways; with "constant"
+        of the bound on the steps alone, if they have one.
     """
 
     schedule: str
@@ -120,11 +125,15 @@ class LearningRate:
         """Whether the cool-down is over after this epoch."""
         return epoch >= self.cooldown_from + self.cooldown_epochs
 
+    def warmth(self, epoch: int) -> float:
+        """How far the warm-up has come in an epoch, counted from 1; 1 once it is over."""
+        return min(1.0, (epoch - self.warm_from) / self.warmup)
+
     def at(self, epoch: int) -> float:
         """The rate of an epoch, counted from 1."""
         if self.schedule == "constant":
             return self.rate
-        rate = self.rate * min(1.0, (epoch - self.warm_from) / self.warmup)
+        rate = self.rate * self.warmth(epoch)
         if self.schedule == "cosine":
             return rate * _cosine((epoch - 1) / self.max_epochs)
         if self.cooling:
@@ -134,12 +143,15 @@ class LearningRate:
     def hand_to(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
         """Set the rate of an epoch, times the pace of a group of tensors that has one.
 
-        A constant one is left to the user's own callbacks.
+        A constant one is left to the user's own callbacks. Where steps are bounded, as K-FAC's
+        are, the bound shortens the first ones to the same length whatever the rate is; so it
+        warms up, too, with the square, as it is one of second order.
         """
-        if self.schedule == "constant":
-            return
         for group in optimizer.param_groups:
-            group["lr"] = self.at(epoch) * group.get("pace", 1.0)
+            if "clip" in group:
+                group["clip"] = optimizer.defaults["clip"] * self.warmth(epoch) ** 2
+            if self.schedule != "constant":
+                group["lr"] = self.at(epoch) * group.get("pace", 1.0)
 
 
 def _cosine(fraction: float) -> float:

@@ -48,14 +48,14 @@ from sklearn_softeq import (
     trials,
 )
 from sklearn_softeq.curvature import kronecker_factors
-from sklearn_softeq.datasets import load_digit_tasks
+from sklearn_softeq.datasets import load_digit_tasks, make_rotations
 from sklearn_softeq.groups import GROUPS
 from sklearn_softeq.hyperparameters import squared_norms
 from sklearn_softeq.kronecker import dense, spectra
 from sklearn_softeq.layers import PATHWAYS
 from sklearn_softeq.likelihoods import Categorical
 from sklearn_softeq.marginal_likelihood import LaplaceEvidence
-from sklearn_softeq.schedules import WARM_UP, JointStart, SymmetricStart
+from sklearn_softeq.schedules import AFTER_TRIALS, JointStart, SymmetricStart
 from sklearn_softeq.trials import FEWEST_HELD, HELD_OUT, Trial
 
 FAST = {"max_epochs": 60, "width": 4, "batch_size": 128, "random_state": 0}
@@ -1013,7 +1013,7 @@ def test_training_goes_on_from_the_best_symmetry(digits, optimizer, capsys):
     assert all(-np.log(20) < score < 0 for score in scores.values())
     assert clf.start_ == max(scores, key=scores.get)
     assert clf.n_iter_ == 12 == len(clf.loss_curve_)  # without those of the trials
-    np.testing.assert_array_equal(clf.history_["epoch"], [WARM_UP, 10])
+    np.testing.assert_array_equal(clf.history_["epoch"], [AFTER_TRIALS, 10])
     again = SoftEquivariantClassifier(**SEVERAL, optimizer=optimizer, verbose=1)
     assert again.fit(images, labels).symmetry_trials_ == scores
     found = f"p4 {scores['p4']:.3f}, p1 {scores['p1']:.3f} nats per observation"
@@ -1740,6 +1740,19 @@ def test_digits_accuracy():
     cv = StratifiedKFold(2, shuffle=True, random_state=0)
     clf = SoftEquivariantClassifier(random_state=0)
     assert cross_val_score(clf, X, y, cv=cv, n_jobs=2).mean() >= 0.96
+
+
+@pytest.mark.slow
+def test_narrow_networks_do_not_die_in_their_first_steps():
+    # With steps of full length after five epochs all of these became constant predictors.
+    digits = load_digits()
+    for seed in (1, 2, 4, 8, 9):
+        rng = np.random.RandomState(seed)
+        rows = rng.permutation(len(digits.images))[:200]
+        X, y = make_rotations(digits.images[rows] / 16, digits.target[rows], random_state=rng)
+        clf = SoftEquivariantClassifier(pathways="p4_conv", width=1, learn_prior=False)
+        clf.set_params(max_epochs=40, random_state=seed).fit(X, y)
+        assert clf.loss_curve_[-1] < 2.0  # log 10 is 2.3
 
 
 @pytest.mark.slow

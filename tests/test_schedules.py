@@ -11,6 +11,7 @@ from sklearn_softeq import schedules
 from sklearn_softeq.curvature import kronecker_factors
 from sklearn_softeq.groups import P1, P4, PM
 from sklearn_softeq.hyperparameters import LOG_PRECISION_BOUNDS, LayerwisePrior, squared_norms
+from sklearn_softeq.kfac import KFAC
 from sklearn_softeq.kronecker import spectra
 from sklearn_softeq.likelihoods import Categorical
 from sklearn_softeq.marginal_likelihood import FixedPointSolver, LaplaceEvidence
@@ -112,6 +113,38 @@ def test_cooldown_schedule_warms_up_and_stays():
     assert rates(schedule, 21, 27) == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1])
     assert not schedule.cooling
     assert not schedule.finished(10**6)
+
+
+@pytest.mark.parametrize("schedule", ["cooldown", "cosine", "constant"])
+def test_a_bound_on_the_steps_warms_up_with_the_square_of_the_rate(schedule):
+    tensor = torch.nn.Parameter(torch.zeros(1, 1, 1))
+    optimizer = KFAC([tensor], lr=0.1, clip=0.02)
+    (group,) = optimizer.param_groups
+    rate = LearningRate(schedule, 0.1, 40, warmup=5)
+    rate.rewarm(7)
+    for epoch, warm in ((8, 0.2), (10, 0.6), (12, 1.0), (30, 1.0)):
+        rate.hand_to(optimizer, epoch)
+        assert group["clip"] == pytest.approx(0.02 * warm**2)
+        assert group["lr"] == pytest.approx(rate.at(epoch))
+    rate.begin_cooldown(30)
+    rate.hand_to(optimizer, 35)
+    assert group["clip"] == 0.02  # the rate alone falls
+    other = torch.optim.SGD([tensor], lr=0.1)
+    rate.hand_to(other, 8)
+    assert "clip" not in other.param_groups[0]
+
+
+def test_bounded_steps_are_of_the_length_of_the_warm_up():
+    rate, lengths = LearningRate("cooldown", 0.1, 40, warmup=5), []
+    for epoch in (1, 2, 5):
+        tensor = torch.nn.Parameter(torch.ones(1, 1, 1))
+        optimizer = KFAC([tensor], lr=0.1, clip=1e-6, momentum=0.0)
+        rate.hand_to(optimizer, epoch)
+        tensor.grad = torch.full_like(tensor, 3.0)
+        optimizer.step()
+        lengths.append(1.0 - tensor.item())
+    assert lengths[1] == pytest.approx(2 * lengths[0], rel=1e-3)
+    assert lengths[2] == pytest.approx(5 * lengths[0], rel=1e-3)
 
 
 def test_cooldown_takes_a_third_of_the_epochs_so_far():
