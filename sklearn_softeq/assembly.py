@@ -21,7 +21,7 @@ from .networks import build_network
 from .processes import joined
 from .progress import ProgressLine
 from .schedules import (
-    AFTER_TRIALS,
+    BOUND_WARM_UP,
     STARTS,
     WARM_UP,
     JointStart,
@@ -37,9 +37,6 @@ from .trials import FEWEST_HELD, HELD_OUT, N_TRIALS, Trial, best_symmetry
 from .validation import check_names
 
 __all__ = ["Assembly", "Seeds"]
-
-#: Epochs of warm-up of a training that is too short for more: at the full rate at once it diverges.
-SHORTEST_WARM_UP = 5
 
 
 class Seeds(NamedTuple):
@@ -94,7 +91,7 @@ class Assembly:
             print(f"start: {'joint' if group is None else group.name}")
         start = JointStart() if group is None else self._start(group)
         # The trial was the burn-in.
-        net = self._begun(start, self._course(start, min(AFTER_TRIALS, self._half), True, endless))
+        net = self._begun(start, self._course(start, min(WARM_UP, self._half), True, endless))
         net.take_over(tried)
         return scores, net
 
@@ -158,8 +155,11 @@ class Assembly:
         # Without an end "cooldown" is a warm-up and then the full rate.
         schedule = self.clf.lr_schedule
         schedule = "cooldown" if endless and schedule == "cosine" else schedule
-        warmup = min(WARM_UP, max(self.clf.max_epochs // 4, SHORTEST_WARM_UP))
-        return LearningRate(schedule, self.initial_rate, self.clf.max_epochs, warmup)
+        # A short training cannot spare so much.
+        bound_warmup = min(BOUND_WARM_UP, max(self.clf.max_epochs // 4, WARM_UP))
+        return LearningRate(
+            schedule, self.initial_rate, self.clf.max_epochs, bound_warmup=bound_warmup
+        )
 
     def _trial(self, group: PointGroup | None, number: int, trial: Trial) -> SoftEquivariantNet:
         callbacks = [*self._preconditioner(), ("trial", trial)]

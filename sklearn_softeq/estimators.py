@@ -482,7 +482,7 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
 
         N is the weight of all chunks so far, so a second pass over the same rows counts them
         again; the evidence is that of the present chunk, scaled up to N. Standardisation is that
-        of the first chunk. After a warm-up of ten calls the learning rate stays constant; burn-in,
+        of the first chunk. After a warm-up of five calls the learning rate stays constant; burn-in,
         evidence and ``hyper_warmup`` count calls as epochs. With ``predictive="laplace"`` each call
         leaves a posterior, whose curvature is that of its chunk, scaled up to N. Of parameters
         that are set between calls only ``batch_size``, ``class_weight`` and those of predictions

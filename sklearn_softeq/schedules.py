@@ -18,7 +18,7 @@ from .layers import Pathway, PathwaySum
 from .networks import SoftEquivariantNetwork
 
 __all__ = [
-    "AFTER_TRIALS",
+    "BOUND_WARM_UP",
     "LR_SCHEDULES",
     "STARTS",
     "WARM_UP",
@@ -36,12 +36,13 @@ __all__ = [
 LR_SCHEDULES = ("cooldown", "cosine", "constant")
 
 
-#: Epochs of linear warm-up of the learning rate. With 5 of them K-FAC made constant predictors, for
-#: good, of one in three narrow networks (docs/design/sums_log.md).
-WARM_UP = 10
+#: Epochs of linear warm-up of the learning rate.
+WARM_UP = 5
 
-#: Epochs from the beginning, with a network that has been in a trial, to the first evidence.
-AFTER_TRIALS = 5
+#: Epochs in which a bound on the steps warms up. With steps of full length from the first epochs on
+#: K-FAC made constant predictors, for good, of one in three narrow networks
+#: (docs/design/sums_log.md).
+BOUND_WARM_UP = 10
 
 #: Largest drift of log δ_U − log δ_V from its start, see :func:`fix_gauge`.
 GAUGE_LIMIT = 4.0
@@ -89,14 +90,17 @@ class LearningRate:
     max_epochs : int
         Cap of the number of epochs.
     warmup : int, default=WARM_UP
-        Epochs of linear warm-up after the start and after a release of pathways; with "constant"
-        of the bound on the steps alone, if they have one.
+        Epochs of linear warm-up after the start and after a release of pathways; not with
+        "constant".
+    bound_warmup : int, default=BOUND_WARM_UP
+        The same of a bound on the steps, if they have one, whatever the schedule.
     """
 
     schedule: str
     rate: float
     max_epochs: int
     warmup: int = WARM_UP
+    bound_warmup: int = BOUND_WARM_UP
     cooldown_from: float = math.inf
     cooldown_epochs: int = 0
     warm_from: int = 0
@@ -125,15 +129,11 @@ class LearningRate:
         """Whether the cool-down is over after this epoch."""
         return epoch >= self.cooldown_from + self.cooldown_epochs
 
-    def warmth(self, epoch: int) -> float:
-        """How far the warm-up has come in an epoch, counted from 1; 1 once it is over."""
-        return min(1.0, (epoch - self.warm_from) / self.warmup)
-
     def at(self, epoch: int) -> float:
         """The rate of an epoch, counted from 1."""
         if self.schedule == "constant":
             return self.rate
-        rate = self.rate * self.warmth(epoch)
+        rate = self.rate * min(1.0, (epoch - self.warm_from) / self.warmup)
         if self.schedule == "cosine":
             return rate * _cosine((epoch - 1) / self.max_epochs)
         if self.cooling:
@@ -144,12 +144,13 @@ class LearningRate:
         """Set the rate of an epoch, times the pace of a group of tensors that has one.
 
         A constant one is left to the user's own callbacks. Where steps are bounded, as K-FAC's
-        are, the bound shortens the first ones to the same length whatever the rate is; so it
-        warms up, too, with the square, as it is one of second order.
+        are, the bound shortens the first ones to one length whatever the rate is; so it warms up,
+        too, with the square, as it is one of second order.
         """
+        warm = min(1.0, (epoch - self.warm_from) / self.bound_warmup)
         for group in optimizer.param_groups:
             if "clip" in group:
-                group["clip"] = optimizer.defaults["clip"] * self.warmth(epoch) ** 2
+                group["clip"] = optimizer.defaults["clip"] * warm**2
             if self.schedule != "constant":
                 group["lr"] = self.at(epoch) * group.get("pace", 1.0)
 

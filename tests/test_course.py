@@ -997,7 +997,9 @@ def test_release_at_the_end_of_the_burn_in():
     assert torch.count_nonzero(record.weights[2]["blocks.0.factored_fc.U.weight"]) == 0
     assert record.weights[3]["blocks.0.factored_fc.U.weight"].abs().max() > 0
     full = 0.01
-    assert record.rates[:9] == pytest.approx([full * f / 10 for f in (1, 2, 3, 1, 2, 3, 4, 5, 6)])
+    assert record.rates[:9] == pytest.approx(
+        [full * f for f in (0.2, 0.4, 0.6, 0.2, 0.4, 0.6, 0.8, 1, 1)]
+    )
 
 
 def test_what_is_released_goes_at_the_pace_of_its_prior():

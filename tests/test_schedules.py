@@ -116,11 +116,11 @@ def test_cooldown_schedule_warms_up_and_stays():
 
 
 @pytest.mark.parametrize("schedule", ["cooldown", "cosine", "constant"])
-def test_a_bound_on_the_steps_warms_up_with_the_square_of_the_rate(schedule):
+def test_a_bound_on_the_steps_warms_up_with_the_square_of_the_epochs(schedule):
     tensor = torch.nn.Parameter(torch.zeros(1, 1, 1))
     optimizer = KFAC([tensor], lr=0.1, clip=0.02)
     (group,) = optimizer.param_groups
-    rate = LearningRate(schedule, 0.1, 40, warmup=5)
+    rate = LearningRate(schedule, 0.1, 40, warmup=3, bound_warmup=5)
     rate.rewarm(7)
     for epoch, warm in ((8, 0.2), (10, 0.6), (12, 1.0), (30, 1.0)):
         rate.hand_to(optimizer, epoch)
@@ -135,7 +135,7 @@ def test_a_bound_on_the_steps_warms_up_with_the_square_of_the_rate(schedule):
 
 
 def test_bounded_steps_are_of_the_length_of_the_warm_up():
-    rate, lengths = LearningRate("cooldown", 0.1, 40, warmup=5), []
+    rate, lengths = LearningRate("cooldown", 0.1, 40, warmup=5, bound_warmup=5), []
     for epoch in (1, 2, 5):
         tensor = torch.nn.Parameter(torch.ones(1, 1, 1))
         optimizer = KFAC([tensor], lr=0.1, clip=1e-6, momentum=0.0)

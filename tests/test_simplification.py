@@ -160,7 +160,8 @@ def test_tables_of_what_is_left(fitted):
 
 
 def test_what_is_below_the_threshold_goes_if_predictions_allow():
-    clf, X = SoftEquivariantClassifier(**SHORT).fit(*digits()), digits(90)[0]
+    clf = SoftEquivariantClassifier(**{**SHORT, "random_state": 2}).fit(*digits())
+    X = digits(90)[0]
     small = np.maximum(clf.symmetry_, clf.output_share_)
     threshold = float(np.nextafter(small.min(), 1))  # one is below
     assert threshold < 0.5

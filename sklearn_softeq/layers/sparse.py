@@ -187,8 +187,10 @@ def _projects(layer: SparseU | SparseV, n: int, n_channels: int) -> bool:
     is exported is for any number.
     """
     n_anchors, n_pixels = layer.interpolation.matrix.shape
-    to_form = n_anchors / n if layer.training else 0.0
-    return n_anchors * (n_pixels + n_channels) <= n_channels * n_pixels * (1.0 + to_form)
+    project, form = n_anchors * (n_pixels + n_channels), n_channels * n_pixels  # for each map
+    if not layer.training:
+        return project <= form
+    return n * project <= n * form + n_anchors * form  # and once for all, to form the weights
 
 
 def _product(layer: SparseU | SparseV, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
