@@ -22,9 +22,7 @@ def draw(cells: dict[Cell, Fits], path: Path) -> None:
     """Save the picture: means over paired seeds, ± standard errors, and the marks."""
     found = [(cell, fits, best) for cell, fits in cells.items() if (best := best_hard_coded(fits))]
     places = np.arange(len(found))[::-1]
-    figure, axes = plt.subplots(
-        1, len(PANELS), figsize=(10, 4.2), sharey=True, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(10, 4.2), sharey=True)
     for ax, (name, label, unit, mark, more) in zip(axes, PANELS, strict=True):
         for place, (_, fits, best) in zip(places, found, strict=True):
             values = unit * differences(fits, (ALL, "learned"), best, name)
