@@ -38,7 +38,8 @@ ENOUGH_PAIRS, ENOUGH_FITS = 20, 5
 #: ``max_epochs`` of the estimator, at which a fit has to end.
 CAP = 400
 
-#: Seeds that had been looked at when a default was last changed (docs/design/sums_log.md).
+#: Seeds that had been looked at when the defaults of these fits were chosen
+#: (docs/design/sums_log.md).
 N_SEEN = 5
 
 Cell = tuple[str, str]
@@ -252,7 +253,7 @@ def summary(cells: dict[Cell, Fits]) -> dict[str, str]:
     found = {"promises": table_text(HEADS["promises"], promises(cells))}
     if later := promises(cells, first_seed=N_SEEN):
         found["promises"] += (
-            f"\n\nOf seeds from {N_SEEN} on, after which no default was changed:\n\n"
+            f"\n\nOf seeds from {N_SEEN} on, which had no part in the choice of these defaults:\n\n"
             + table_text(HEADS["promises"], later)
         )
     if against := fixed_priors(cells):

@@ -102,8 +102,7 @@ class SoftEquivariantNet(NeuralNet):
     kept_: str | None = None  #: and what training ended with then, in words
     criterion_: Any  # the likelihood, a value
     compiled_: Callable | None = None
-    #: Parameters and seeds of the estimator that it was built for, if it was for one.
-    origin: tuple[dict[str, Any], tuple] = ({}, ())
+    origin: tuple[dict[str, Any], tuple]  #: parameters and seeds of the estimator it was built for
 
     def __init__(
         self,
@@ -166,16 +165,15 @@ class SoftEquivariantNet(NeuralNet):
 
     def _changed_since(self, previous: "SoftEquivariantNet") -> str:
         """What gives this network another form than the previous one's, in words."""
-        (now, _), (then, _) = self.origin, previous.origin
+        now, then = (net.get_params_for("module") for net in (self, previous))
+        said = {"n_outputs": "the number of outputs", "image_shape": "the image shape"}
+        names = ("pathways", "architecture", "width", "activation", "anchor_fraction", *said)
         changed = [
-            f"{name} was {then[name]!r} and is {now[name]!r}"
-            for name in ("pathways", "architecture", "width", "activation", "anchor_fraction")
-            if now and then[name] != now[name]
+            f"{said.get(name, name)} was {then.get(name)!r} and is {now.get(name)!r}"
+            for name in names
+            if then.get(name) != now.get(name)
         ]
-        return ", ".join(changed) or (
-            "the image shape or the number of classes has changed, or simplify() has taken "
-            "pathways out"
-        )
+        return ", ".join(changed) or "simplify() has taken pathways out"
 
     def set_paces(self, paces: Mapping[str, float]) -> None:
         """Give tensors, by name, learning rates that are parts of the common one.

@@ -441,6 +441,7 @@ def warn_of_shares(weights: np.ndarray) -> None:
     Warns
     -----
     UserWarning
+        If they sum to less than :data:`FEW` for each row that has one.
     """
     n_rows = int((weights > 0).sum())
     if weights.sum() < FEW * n_rows:

@@ -284,6 +284,16 @@ def test_report_has_a_table_of_each_cell(benchmark):
         assert section in text
 
 
+def test_a_picture_of_the_promise(benchmark, tmp_path):
+    pytest.importorskip("matplotlib")
+    draw, tables = benchmark("symmetry_figure").draw, benchmark("symmetry_tables")
+    fits = {(model, "learned"): {0: fit(0.5), 1: fit(0.6)} for model in tables.HARD_CODED}
+    fits["all", "learned"] = {0: fit(0.4), 1: fit(0.7)}
+    cells = {("digits", "digit"): fits, ("mnist", "plain"): {}}  # one has nothing yet
+    draw(cells, tmp_path / "found.png")
+    assert (tmp_path / "found.png").read_bytes()[1:4] == b"PNG"
+
+
 def test_seconds_of_fits_tell_all_pathways_from_one(benchmark):
     tables = benchmark("symmetry_tables")
 

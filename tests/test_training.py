@@ -416,10 +416,16 @@ def test_take_over():
 
 
 @pytest.mark.parametrize(
-    "other", [{"module__width": 3}, {"pathways": ("conv",)}, {"module__n_outputs": 4}], ids=str
+    ("other", "changed"),
+    [
+        ({"module__width": 3}, "width was 3 and is"),
+        ({"pathways": ("conv",)}, r"pathways was \('conv',\) and is \('conv', 'factored_fc'\)"),
+        ({"module__n_outputs": 4}, "the number of outputs was 4 and is 3"),
+    ],
+    ids=str,
 )
-def test_take_over_of_another_form(other):
-    with pytest.raises(ValueError, match="image shape or the number of classes.*warm_start=False"):
+def test_take_over_of_another_form(other, changed):
+    with pytest.raises(ValueError, match=f"but {changed}.*warm_start=False"):
         net_of().take_over(net_of(**other))
 
 
