@@ -252,10 +252,10 @@ class SoftEquivariantClassifier(ClassifierMixin, SoftEquivariantBase):
     loss_curve_ : ndarray of shape (epochs,)
         Negative log joint for each observation (without the prior's normaliser), by epoch.
     symmetry_trials_ : dict of str to float
-        Log likelihood of the held-out fifth for each observation, in nats, at the end of the trial
-        of each group ("p1": shifts alone), and of all pathways ("joint") where some have no
-        symmetry. Trials of groups may have gone on for longer than that of all pathways, see
-        ``start``. Empty without trials.
+        Log likelihood of the held-out fifth for each observation, in nats, of the trial of each
+        group ("p1": shifts alone), and of all pathways ("joint") where some have no symmetry.
+        Trials of groups may have gone on for longer than that of all pathways, see ``start``; their
+        best score counts. Empty without trials.
     start_ : str
         What training began with in the end: the pathways of one symmetry, the best of the trials
         ("p1": shifts alone, "p4": quarter turns, "p4m": these and reflections, "pm": left ↔ right),

@@ -141,9 +141,9 @@ class SoftEquivariantRegressor(RegressorMixin, SoftEquivariantBase):
     {loss_curve_}
     symmetry_trials_ : dict of str to float
         Log likelihood of the held-out fifth for each observation, in nats, at the noise that is
-        best for it, at the end of the trial of each group ("p1": shifts alone), and of all
-        pathways ("joint") where some have no symmetry. Trials of groups may have gone on for
-        longer than that of all pathways, see ``start``. Empty without trials.
+        best for it, of the trial of each group ("p1": shifts alone), and of all pathways ("joint")
+        where some have no symmetry. Trials of groups may have gone on for longer than that of all
+        pathways, see ``start``; their best score counts. Empty without trials.
     start_ : str
         What training began with in the end: the pathways of one symmetry, the best of the trials
         ("p1": shifts alone, "p4": quarter turns, "p4m": these and reflections, "pm": left ↔ right),

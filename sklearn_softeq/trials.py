@@ -126,14 +126,16 @@ def best_symmetry(
     net : SoftEquivariantNet
         Its best net, after the trial.
     scores : dict of str to float
-        For each group's name, and "joint", the mean log likelihood of the held-out rows, in nats.
+        For each group's name, and "joint", the mean log likelihood of the held-out rows, in nats,
+        after that trial of a group after which it was highest.
 
     Notes
     -----
     Where a group is larger than shifts alone each has :data:`N_TRIALS` nets; after half of the
     epochs the best of them goes on. All pathways together learn faster, and are soon as good as
     they get: they are judged by their first trial, and have to lead the symmetries by the second
-    as well.
+    as well. A symmetry is judged by its best trial: what goes on for long overfits at the fixed
+    precisions of trials, which says nothing of how it fares with learned ones.
 
     References
     ----------
@@ -143,28 +145,31 @@ def best_symmetry(
     """
     several = sum(group is not None for group in groups) > 1
     narrow = any(group not in (None, P1) for group in groups)
-    tried = {}
+    tried: dict[PointGroup | None, tuple[Trial, SoftEquivariantNet]] = {}
+    scores: dict[PointGroup | None, float] = {}
     for group in groups:
         n_starts = N_TRIALS if narrow and group is not None else 1
         tried[group] = _best_start(partial(build, group), n_starts, rate, kept, held)
+        scores[group] = tried[group][0].score
     joint = tried.pop(None, None)
+    free = scores.pop(None, -math.inf)
     yardstick = Yardstick.of(next(iter(tried.values()))[1], held)
-    free = -math.inf if joint is None else joint[0].score
-    best = _first_choice(tried, yardstick)
-    leads = yardstick.leads(free, tried[best][0].score)
+    best = _first_choice(scores, yardstick)
+    leads = yardstick.leads(free, scores[best])
     for doubling in range(doublings):
-        unknown = several and tried[best][0].score < yardstick.known
+        unknown = several and scores[best] < yardstick.known
         if not (doubling == 0 if leads else unknown):
             break
-        for trial, net in tried.values():
+        for group, (trial, net) in tried.items():
             _go_on(trial, net, kept)
-        best = _first_choice(tried, yardstick)
-        leads = leads and yardstick.leads(free, tried[best][0].score)
-    scores = {group.name: trial.score for group, (trial, _) in tried.items() if group is not None}
+            scores[group] = max(scores[group], trial.score)
+        best = _first_choice(scores, yardstick)
+        leads = leads and yardstick.leads(free, scores[best])
+    found = {group.name: score for group, score in scores.items() if group is not None}
     if joint is None:
-        return best, tried[best][1], scores
-    scores["joint"] = free
-    return (None, joint[1], scores) if leads else (best, tried[best][1], scores)
+        return best, tried[best][1], found
+    found["joint"] = free
+    return (None, joint[1], found) if leads else (best, tried[best][1], found)
 
 
 def _best_start(
@@ -225,12 +230,12 @@ class Yardstick(NamedTuple):
 
 
 def _first_choice(
-    tried: Mapping[PointGroup | None, tuple[Trial, SoftEquivariantNet]], yardstick: Yardstick
+    scores: Mapping[PointGroup | None, float], yardstick: Yardstick
 ) -> PointGroup | None:
     """The largest of these symmetries, or one that leads it."""
-    best, *others = tried
+    best, *others = scores
     for group in others:
-        if yardstick.leads(tried[group][0].score, tried[best][0].score):
+        if yardstick.leads(scores[group], scores[best]):
             best = group
     return best
 
